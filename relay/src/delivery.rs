@@ -1,0 +1,267 @@
+//! The SQL of delivering: read what is not out, move what is out to the archive, move what cannot
+//! go out to the parking lot. Every write names the lane's term; a relay that has lost the lane
+//! finds that nothing happened.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use sqlx::{Connection, PgConnection, types::Json};
+use uuid::Uuid;
+
+/// A row that is not out yet, with what is known of its key.
+#[derive(Debug, Clone, sqlx::FromRow)]
+pub(crate) struct PendingRow {
+    pub id: i64,
+    pub lane: i16,
+    pub key: String,
+    pub seq: i64,
+    pub topic: String,
+    pub payload: Vec<u8>,
+    pub headers: Json<BTreeMap<String, String>>,
+    /// Set on a row that sends an archived one again: it stands outside the key's sequence.
+    pub replay_of: Option<i64>,
+    pub created_at: DateTime<Utc>,
+    /// Sequence number of the last message of this key that is out.
+    pub published_seq: i64,
+    /// An earlier message of this key is parked.
+    pub blocked: bool,
+}
+
+/// A row the broker has acknowledged.
+#[derive(Debug, Clone)]
+pub(crate) struct SentRow {
+    pub id: i64,
+    pub lane: i16,
+    pub partition: i32,
+    pub offset: i64,
+}
+
+/// A lane and the term under which it is owned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LaneTerm {
+    pub lane: i16,
+    pub term: i64,
+}
+
+/// What to read, besides the lanes.
+#[derive(Debug, Default)]
+pub(crate) struct ClaimFilter {
+    /// Rows that are in memory already.
+    pub known_ids: Vec<i64>,
+    /// Topics that are paused. With any of them, only rows whose predecessor is out are read:
+    /// else the rows that wait behind a paused one would fill the window.
+    pub paused_topics: Vec<String>,
+    /// Keys that wait for their next attempt.
+    pub held_keys: Vec<String>,
+}
+
+/// Reads what is not out yet in these lanes, oldest first, `limits[i]` rows of `lanes[i]` at the
+/// most and only ids above `low_marks[i]`.
+///
+/// This is a read of the unpublished set, not of a cursor: ids become visible out of order, and a
+/// cursor would step over the late ones. The marks are a hint that spares the dead rows a held
+/// snapshot keeps alive; the caller sweeps without them regularly.
+pub(crate) async fn claim(
+    conn: &mut PgConnection,
+    lanes: &[i16],
+    low_marks: &[i64],
+    limits: &[i64],
+    filter: &ClaimFilter,
+) -> Result<Vec<PendingRow>, sqlx::Error> {
+    let mut rows: Vec<PendingRow> = sqlx::query_as(
+        "select r.*
+           from unnest($1::smallint[], $2::bigint[], $3::bigint[]) as l(lane, low, most)
+          cross join lateral (
+                select o.id, o.lane, o.key, o.seq, o.topic, o.payload, o.headers, o.replay_of, o.created_at,
+                       coalesce(p.seq, 0) as published_seq, p.blocked_by is not null as blocked
+                  from outbox o
+                  left join outbox_progress p on p.key = o.key
+                 where o.lane = l.lane and o.id > l.low
+                   and o.id <> all($4) and o.topic <> all($5) and o.key <> all($6)
+                   and (cardinality($5) = 0 or o.replay_of is not null or o.seq <= coalesce(p.seq, 0) + 1)
+                 order by o.id
+                 limit l.most) r",
+    )
+    .bind(lanes)
+    .bind(low_marks)
+    .bind(limits)
+    .bind(&filter.known_ids)
+    .bind(&filter.paused_topics)
+    .bind(&filter.held_keys)
+    .fetch_all(conn)
+    .await?;
+    // SQL promises no order across lateral joins; within a key the order of ids is the order of seq.
+    rows.sort_unstable_by_key(|row| row.id);
+    Ok(rows)
+}
+
+/// Moves acknowledged rows to the archive and notes how far their keys are out. Answers with the
+/// ids that were moved: a row of a lane that was lost stays for the lane's new owner, who sends it
+/// again under the same message id.
+pub(crate) async fn finish(
+    conn: &mut PgConnection,
+    relay_id: Uuid,
+    terms: &[LaneTerm],
+    sent: &[SentRow],
+) -> Result<Vec<i64>, sqlx::Error> {
+    sqlx::query_scalar(
+        // Lanes are locked in their own order: a hand-over that locks several at once does too.
+        // The share lock makes a take-over wait until this commits, or this one see the new term.
+        "with owned as materialized (
+             select l.lane, l.term
+               from outbox_lanes l
+               join unnest($2::smallint[], $3::bigint[]) as t(lane, term) on t.lane = l.lane and t.term = l.term
+              where l.owner = $1
+              order by l.lane
+                for share of l
+         ), sent as materialized (
+             select * from unnest($4::bigint[], $5::smallint[], $6::integer[], $7::bigint[])
+                        as s(id, lane, partition, \"offset\")
+         ), gone as (
+             delete from outbox o
+              using sent s, owned w
+              where o.lane = s.lane and o.id = s.id and w.lane = s.lane
+             returning o.*, s.partition, s.\"offset\", w.term
+         ), archived as (
+             insert into outbox_archive (id, lane, key, seq, message_id, topic, payload, headers, saga_id,
+                                         replay_of, created_at, partition, \"offset\", relay_id, term)
+             select id, lane, key, seq, message_id, topic, payload, headers, saga_id,
+                    replay_of, created_at, partition, \"offset\", $1, term
+               from gone
+         ), progressed as (
+             insert into outbox_progress as p (key, seq)
+             select key, max(seq) from gone where replay_of is null group by key
+             on conflict (key) do update set seq = excluded.seq where p.seq < excluded.seq
+         )
+         select id from gone",
+    )
+    .bind(relay_id)
+    .bind(terms.iter().map(|t| t.lane).collect::<Vec<_>>())
+    .bind(terms.iter().map(|t| t.term).collect::<Vec<_>>())
+    .bind(sent.iter().map(|s| s.id).collect::<Vec<_>>())
+    .bind(sent.iter().map(|s| s.lane).collect::<Vec<_>>())
+    .bind(sent.iter().map(|s| s.partition).collect::<Vec<_>>())
+    .bind(sent.iter().map(|s| s.offset).collect::<Vec<_>>())
+    .fetch_all(conn)
+    .await
+}
+
+/// Why a key's rows leave the hot table without being sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum ParkCause {
+    /// This row can't be sent; the reason is for the operator.
+    Unsendable { row_id: i64, reason: String },
+    /// An earlier row of the key is parked already.
+    Behind,
+}
+
+/// Parks a key: the row that can't be sent and everything of its key behind it. Answers how many
+/// rows moved; 0 when the lane was lost, or (for [`ParkCause::Behind`]) when the key is free again.
+pub(crate) async fn park(
+    conn: &mut PgConnection,
+    relay_id: Uuid,
+    lane: LaneTerm,
+    key: &str,
+    cause: &ParkCause,
+) -> Result<u64, sqlx::Error> {
+    let mut tx = conn.begin().await?;
+    let owned: Option<i16> =
+        sqlx::query_scalar("select lane from outbox_lanes where lane = $1 and term = $2 and owner = $3 for share")
+            .bind(lane.lane)
+            .bind(lane.term)
+            .bind(relay_id)
+            .fetch_optional(&mut *tx)
+            .await?;
+    if owned.is_none() {
+        return Ok(0);
+    }
+    // The progress row is the lock between parking here and an operator's replay: without it a row
+    // could be parked behind a head that has just left the parking lot, and wait for nothing.
+    let head: Option<i64> = match cause {
+        ParkCause::Unsendable { row_id, .. } => {
+            sqlx::query_scalar(
+                "insert into outbox_progress as p (key, seq, blocked_by) values ($1, 0, $2)
+                 on conflict (key) do update set blocked_by = coalesce(p.blocked_by, excluded.blocked_by)
+                 returning blocked_by",
+            )
+            .bind(key)
+            .bind(row_id)
+            .fetch_optional(&mut *tx)
+            .await?
+        }
+        ParkCause::Behind => {
+            sqlx::query_scalar(
+                "select blocked_by from outbox_progress where key = $1 and blocked_by is not null for update",
+            )
+            .bind(key)
+            .fetch_optional(&mut *tx)
+            .await?
+        }
+    };
+    let Some(head) = head else { return Ok(0) };
+    let reason = match cause {
+        ParkCause::Unsendable { reason, .. } => reason.as_str(),
+        ParkCause::Behind => "",
+    };
+    let moved = sqlx::query(
+        "with gone as (delete from outbox where lane = $1 and key = $2 returning *)
+         insert into outbox_parked (id, lane, key, seq, message_id, topic, payload, headers, saga_id,
+                                    replay_of, created_at, reason)
+         select id, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at,
+                case when id = $3 then $4
+                     else 'waits behind row ' || $3 || ' of the same key, which is parked' end
+           from gone",
+    )
+    .bind(lane.lane)
+    .bind(key)
+    .bind(head)
+    .bind(reason)
+    .execute(&mut *tx)
+    .await?
+    .rows_affected();
+    tx.commit().await?;
+    Ok(moved)
+}
+
+/// Writes down, before it is sent, that this row is in flight all alone in a lane whose owners keep
+/// dying. Answers how many of them died that way already; `None` when the lane was lost.
+pub(crate) async fn suspect(
+    conn: &mut PgConnection,
+    relay_id: Uuid,
+    lane: LaneTerm,
+    row_id: i64,
+) -> Result<Option<i16>, sqlx::Error> {
+    sqlx::query_scalar(
+        "update outbox_lanes
+            set suspect_kills = case when suspect_id = $4 then suspect_kills else 0 end, suspect_id = $4
+          where lane = $1 and term = $2 and owner = $3
+         returning suspect_kills",
+    )
+    .bind(lane.lane)
+    .bind(lane.term)
+    .bind(relay_id)
+    .bind(row_id)
+    .fetch_optional(conn)
+    .await
+}
+
+/// Rows of a suspected lane went out and the process still lives: the next limit, `None` for no
+/// suspicion any more.
+pub(crate) async fn trust_more(
+    conn: &mut PgConnection,
+    relay_id: Uuid,
+    lane: LaneTerm,
+    limit: Option<i32>,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update outbox_lanes set attempt_limit = $4, suspect_id = null, suspect_kills = 0
+          where lane = $1 and term = $2 and owner = $3",
+    )
+    .bind(lane.lane)
+    .bind(lane.term)
+    .bind(relay_id)
+    .bind(limit)
+    .execute(conn)
+    .await?;
+    Ok(())
+}

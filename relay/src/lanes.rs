@@ -1,0 +1,286 @@
+//! Who owns which lane. The database decides by its own clock; this process trusts what it was
+//! told for a little less long, counted from before it asked, so that clocks need not agree.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use sqlx::{Connection, PgConnection};
+use uuid::Uuid;
+
+use crate::{delivery::LaneTerm, message::LANES};
+
+/// This process's view of its lanes, shared by the lease keeper and the workers.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Ownership(Arc<Mutex<Held>>);
+
+#[derive(Debug, Default)]
+struct Held {
+    relay_id: Uuid,
+    trusted_until: Option<Instant>,
+    lanes: BTreeMap<i16, Lane>,
+    paused: bool,
+}
+
+/// A lane this process owns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Lane {
+    pub term: i64,
+    /// How many rows may be in flight while the lane is under suspicion.
+    pub limit: Option<i32>,
+    /// To be handed over as soon as nothing of it is in flight.
+    pub draining: bool,
+}
+
+impl Ownership {
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The lanes of one worker (every `workers`th one), and until when they may be trusted. `None`
+    /// when trust has run out: whatever is in flight must be given up.
+    pub(crate) fn lanes_of(&self, worker: usize, workers: usize) -> Option<Trusted> {
+        let held = self.held();
+        let until = held.trusted_until.filter(|&until| Instant::now() < until)?;
+        let lanes = held.lanes.iter().filter(|(lane, _)| **lane as usize % workers == worker);
+        Some(Trusted {
+            relay_id: held.relay_id,
+            until,
+            lanes: lanes.map(|(lane, is)| (*lane, *is)).collect(),
+            paused: held.paused,
+        })
+    }
+
+    /// How many lanes this process owns now.
+    pub(crate) fn count(&self) -> usize {
+        self.held().lanes.len()
+    }
+
+    /// The worker learnt that a suspected lane behaves.
+    pub(crate) fn set_limit(&self, lane: i16, term: i64, limit: Option<i32>) {
+        if let Some(held) = self.held().lanes.get_mut(&lane).filter(|held| held.term == term) {
+            held.limit = limit;
+        }
+    }
+
+    /// Gives one drained lane to whoever wants it.
+    pub(crate) async fn hand_over(
+        &self,
+        conn: &mut PgConnection,
+        relay_id: Uuid,
+        lane: LaneTerm,
+    ) -> Result<(), sqlx::Error> {
+        sqlx::query("update outbox_lanes set owner = null, clean = true where lane = $1 and term = $2 and owner = $3")
+            .bind(lane.lane)
+            .bind(lane.term)
+            .bind(relay_id)
+            .execute(conn)
+            .await?;
+        self.held().lanes.remove(&lane.lane);
+        Ok(())
+    }
+
+    /// A worker of this process died: its lanes come under suspicion as if the process had.
+    pub(crate) async fn accuse(
+        &self,
+        conn: &mut PgConnection,
+        worker: usize,
+        workers: usize,
+        batch: usize,
+    ) -> Result<(), sqlx::Error> {
+        let Some(trusted) = self.lanes_of(worker, workers) else { return Ok(()) };
+        sqlx::query(
+            "update outbox_lanes
+                set attempt_limit = greatest(1, coalesce(attempt_limit, $3) / 8),
+                    suspect_kills = case when suspect_id is not null then suspect_kills + 1 else 0 end
+              where owner = $1 and lane = any($2)",
+        )
+        .bind(trusted.relay_id)
+        .bind(trusted.lanes.keys().copied().collect::<Vec<_>>())
+        .bind(i32::try_from(batch).unwrap_or(i32::MAX))
+        .execute(conn)
+        .await?;
+        Ok(())
+    }
+
+    fn forget_all(&self) {
+        *self.held() = Held::default();
+    }
+}
+
+/// What a worker may rely on for now.
+#[derive(Debug)]
+pub(crate) struct Trusted {
+    pub relay_id: Uuid,
+    pub until: Instant,
+    pub lanes: BTreeMap<i16, Lane>,
+    /// An operator has paused all relays.
+    pub paused: bool,
+}
+
+impl Trusted {
+    /// The lane with its term, if it is owned.
+    pub(crate) fn term(&self, lane: i16) -> Option<LaneTerm> {
+        self.lanes.get(&lane).map(|held| LaneTerm { lane, term: held.term })
+    }
+}
+
+/// Takes, keeps and gives back lanes for one process.
+pub(crate) struct LeaseKeeper {
+    pub ownership: Ownership,
+    name: String,
+    lease: Duration,
+    batch: i32,
+    relay_id: Option<Uuid>,
+}
+
+impl LeaseKeeper {
+    pub(crate) fn new(ownership: Ownership, name: String, lease: Duration, batch: usize) -> Self {
+        let batch = i32::try_from(batch).unwrap_or(i32::MAX);
+        Self { ownership, name, lease, batch, relay_id: None }
+    }
+
+    /// One round: renew the lease (or make a new one), clear away relays whose lease ran out, take
+    /// free lanes up to a fair share, mark what is above it for hand-over.
+    pub(crate) async fn tick(&mut self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+        let asked_at = Instant::now();
+        let relay_id = self.renew_or_register(conn).await?;
+        let mut tx = conn.begin().await?;
+        // Deleting the row frees its lanes (on delete set null). A renewal that got in first makes
+        // this a no-op: the condition is looked at again after the row lock.
+        sqlx::query("delete from outbox_relays where lease_until < clock_timestamp()").execute(&mut *tx).await?;
+        let relays: i64 = sqlx::query_scalar("select count(*) from outbox_relays").fetch_one(&mut *tx).await?;
+        let share = fair_share(relays);
+        let owned: i64 = sqlx::query_scalar("select count(*) from outbox_lanes where owner = $1")
+            .bind(relay_id)
+            .fetch_one(&mut *tx)
+            .await?;
+        if owned < share {
+            self.take_free_lanes(&mut tx, relay_id, share - owned).await?;
+        }
+        let lanes: Vec<(i16, i64, Option<i32>)> =
+            sqlx::query_as("select lane, term, attempt_limit from outbox_lanes where owner = $1 order by lane")
+                .bind(relay_id)
+                .fetch_all(&mut *tx)
+                .await?;
+        let paused: bool =
+            sqlx::query_scalar("select paused_at is not null from outbox_control").fetch_one(&mut *tx).await?;
+        tx.commit().await?;
+
+        let trusted_until = asked_at + self.lease - self.lease / 5;
+        let mut held = self.ownership.held();
+        held.relay_id = relay_id;
+        held.trusted_until = Some(trusted_until);
+        held.paused = paused;
+        held.lanes = lanes
+            .into_iter()
+            .enumerate()
+            .map(|(index, (lane, term, limit))| (lane, Lane { term, limit, draining: index as i64 >= share }))
+            .collect();
+        Ok(())
+    }
+
+    async fn renew_or_register(&mut self, conn: &mut PgConnection) -> Result<Uuid, sqlx::Error> {
+        if let Some(relay_id) = self.relay_id {
+            let renewed = sqlx::query(
+                "update outbox_relays set lease_until = clock_timestamp() + make_interval(secs => $2)
+                  where id = $1",
+            )
+            .bind(relay_id)
+            .bind(self.lease.as_secs_f64())
+            .execute(&mut *conn)
+            .await?;
+            if renewed.rows_affected() == 1 {
+                return Ok(relay_id);
+            }
+            tracing::warn!(relay.id = %relay_id, "lease lost: another relay has taken the lanes; starting over");
+            metrics::counter!("outbox_leases_lost_total").increment(1);
+            self.ownership.forget_all();
+        }
+        // A new identity for every lease: what an earlier one still does can't be mistaken for ours.
+        let relay_id = Uuid::now_v7();
+        sqlx::query(
+            "insert into outbox_relays (id, name, lease_until)
+             values ($1, $2, clock_timestamp() + make_interval(secs => $3))",
+        )
+        .bind(relay_id)
+        .bind(&self.name)
+        .bind(self.lease.as_secs_f64())
+        .execute(conn)
+        .await?;
+        self.relay_id = Some(relay_id);
+        Ok(relay_id)
+    }
+
+    /// A lane whose last owner gave it back is clean. One whose owner vanished may hold the row that
+    /// killed it: its new owner goes on with an eighth of what was in flight, down to one row, and a
+    /// row that was alone in flight is charged with the death.
+    async fn take_free_lanes(&self, conn: &mut PgConnection, relay_id: Uuid, most: i64) -> Result<(), sqlx::Error> {
+        let taken: Vec<(i16, Option<i32>)> = sqlx::query_as(
+            "update outbox_lanes l
+                set owner = $1, term = term + 1, clean = false,
+                    attempt_limit = case when clean then attempt_limit
+                                         else greatest(1, coalesce(attempt_limit, $3) / 8) end,
+                    suspect_kills = case when not clean and suspect_id is not null
+                                         then suspect_kills + 1 else suspect_kills end
+               from (select lane from outbox_lanes where owner is null
+                      order by lane limit $2 for update skip locked) free
+              where l.lane = free.lane
+             returning l.lane, l.attempt_limit",
+        )
+        .bind(relay_id)
+        .bind(most)
+        .bind(self.batch)
+        .fetch_all(conn)
+        .await?;
+        let suspected = taken.iter().filter(|(_, limit)| limit.is_some()).count();
+        if !taken.is_empty() {
+            tracing::info!(relay.id = %relay_id, lanes = taken.len(), suspected, "took lanes");
+        }
+        Ok(())
+    }
+
+    /// Gives everything back, at the end of an orderly stop: nothing is in flight any more.
+    pub(crate) async fn resign(&mut self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+        let Some(relay_id) = self.relay_id.take() else { return Ok(()) };
+        self.ownership.forget_all();
+        let mut tx = conn.begin().await?;
+        sqlx::query("update outbox_lanes set owner = null, clean = true where owner = $1")
+            .bind(relay_id)
+            .execute(&mut *tx)
+            .await?;
+        sqlx::query("delete from outbox_relays where id = $1").bind(relay_id).execute(&mut *tx).await?;
+        tx.commit().await
+    }
+}
+
+/// How many lanes each of `relays` processes may own: rounded up, so that none stays unowned.
+fn fair_share(relays: i64) -> i64 {
+    let lanes = i64::from(LANES);
+    (lanes + relays.max(1) - 1) / relays.max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_cover_all_lanes_however_many_relays_there_are() {
+        for relays in 1..=100 {
+            assert!(fair_share(relays) * relays >= i64::from(LANES), "{relays}");
+        }
+        assert_eq!([fair_share(0), fair_share(1), fair_share(3), fair_share(64), fair_share(65)], [64, 64, 22, 1, 1]);
+    }
+
+    #[test]
+    fn trust_runs_out_by_itself() {
+        let ownership = Ownership::default();
+        assert!(ownership.lanes_of(0, 1).is_none(), "nothing was ever granted");
+        ownership.held().trusted_until = Some(Instant::now() + Duration::from_secs(60));
+        assert!(ownership.lanes_of(0, 1).is_some());
+        ownership.held().trusted_until = Some(Instant::now() - Duration::from_millis(1));
+        assert!(ownership.lanes_of(0, 1).is_none());
+    }
+}

@@ -1,0 +1,66 @@
+//! A transactional outbox on PostgreSQL, and the relay that empties it into Kafka.
+//!
+//! # Guarantees
+//!
+//! - A message whose transaction committed reaches Kafka at least once, whatever dies in between.
+//!   Every copy has the same message id (`ce_id`).
+//! - First occurrences of one key stand in Kafka in the order their transactions committed, however
+//!   many relays run, and also when one of them was frozen past its lease and goes on. The order is
+//!   numbered (`aggregate-seq`, from 1, without a gap) and checked: message n+1 is refused while n
+//!   is not out.
+//! - A message that can't be sent is parked, and everything behind it in its key with it. Parked
+//!   rows are visible, are never dropped, and go out in order when an operator replays them. Other
+//!   keys go on.
+//! - A broker that is away costs no message an attempt. A missing topic stops that topic alone.
+//! - A message that kills the relay is found by letting ever fewer messages fly after each death,
+//!   and parked when it has killed twice while alone.
+//!
+//! # What it does not do
+//!
+//! It does not deliver exactly once: a relay that dies between the broker's acknowledgement and the
+//! archive's commit leaves a message that is sent again. Consumers know a copy by its `ce_id`. It
+//! does not order messages of different keys. It does not read payloads.
+//!
+//! # How it works
+//!
+//! [`append`] numbers a message under its key's row lock and puts it into the `outbox` table, whose
+//! rows are inserted and deleted, never updated. Keys are spread over 64 lanes; a lane has one owner
+//! at a time, by a lease on the database's clock, and a term that guards everything the owner
+//! writes. A worker reads what is not out (the set, not a cursor: ids become visible out of order),
+//! keeps **one message of a key in flight**, and moves what the broker has acknowledged to the
+//! archive, with its place in Kafka.
+//!
+//! # Map
+//!
+//! - [`append`], [`publications`] (`outbox`), [`NewMessage`] (`message`), [`Wake`] (`wake`): for
+//!   those who write.
+//! - [`Relay`] (`relay`: processes and workers; `worker`: one step; `window`: what may be sent now,
+//!   pure; `lanes`: who owns what; `delivery`: the SQL of it; `publisher`: Kafka).
+//! - `fault`, `breaker`, `holds`, `low_marks`: small pure decisions.
+//! - [`archive`], [`replay()`], [`admin`]: for those who operate.
+//! - [`inbox`]: the receiving side.
+
+pub mod admin;
+pub mod archive;
+mod breaker;
+mod delivery;
+mod fault;
+mod holds;
+pub mod inbox;
+mod lanes;
+mod low_marks;
+mod message;
+mod outbox;
+mod publisher;
+mod relay;
+mod replay;
+mod wake;
+mod window;
+mod worker;
+
+pub use message::{LANES, NewMessage, lane_of};
+pub use outbox::{AppendError, Appended, Publication, append, publications};
+pub use publisher::{KafkaSettings, PublisherError};
+pub use relay::{Relay, RelaySettings};
+pub use replay::{ReplayError, Replayed, replay};
+pub use wake::Wake;

@@ -1,0 +1,98 @@
+//! Appending to the outbox inside the caller's transaction, and asking later what became of it.
+
+use std::collections::HashMap;
+
+use chrono::{DateTime, Utc};
+use sqlx::{PgConnection, types::Json};
+
+use crate::message::{NewMessage, lane_of};
+
+/// Where an appended message stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Appended {
+    /// The outbox row. It keeps this id when it is parked, and when it is archived.
+    pub row_id: i64,
+    /// The message's place among all messages of its key, counted from 1 without a gap.
+    pub seq: i64,
+}
+
+/// Why a message was not appended.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// The topic's name is not one Kafka accepts.
+    #[error("topic {0:?} is not a legal Kafka topic name (letters, digits, '.', '_', '-', at most 249)")]
+    IllegalTopic(String),
+    /// The database refused.
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+/// What became of an outbox row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Publication {
+    /// Not out yet.
+    Pending,
+    /// In Kafka since then, by the database's clock.
+    Published(DateTime<Utc>),
+    /// Held back, with the reason. It is out only after an operator's replay.
+    Parked(String),
+}
+
+/// Appends a message. Takes effect when the caller's transaction commits; call
+/// [`Wake::notify`](crate::Wake::notify) after that.
+///
+/// The row lock on the key's counter is held until the transaction ends. It makes the order of
+/// `seq` the order of commits, and it makes two transactions that write to one key wait for each
+/// other: append late in the transaction.
+pub async fn append(conn: &mut PgConnection, message: &NewMessage) -> Result<Appended, AppendError> {
+    if !message.has_legal_topic() {
+        return Err(AppendError::IllegalTopic(message.topic.clone()));
+    }
+    let (row_id, seq) = sqlx::query_as::<_, (i64, i64)>(
+        "with numbered as (
+             insert into outbox_keys as k (key, last_seq) values ($2, 1)
+             on conflict (key) do update set last_seq = k.last_seq + 1
+             returning last_seq
+         )
+         insert into outbox (lane, key, seq, message_id, topic, payload, headers, saga_id)
+         select $1, $2, last_seq, $3, $4, $5, $6, $7 from numbered
+         returning id, seq",
+    )
+    .bind(lane_of(&message.key))
+    .bind(&message.key)
+    .bind(message.id)
+    .bind(&message.topic)
+    .bind(&message.payload)
+    .bind(Json(message.stored_headers()))
+    .bind(message.saga_id)
+    .fetch_one(conn)
+    .await?;
+    Ok(Appended { row_id, seq })
+}
+
+/// What became of these rows. A row that is in none of the outbox's tables (its archive partition
+/// was dropped by retention) is left out of the answer.
+pub async fn publications(
+    conn: &mut PgConnection,
+    row_ids: &[i64],
+) -> Result<HashMap<i64, Publication>, sqlx::Error> {
+    let rows: Vec<(i64, Option<DateTime<Utc>>, Option<String>)> = sqlx::query_as(
+        "select id, published_at, null from outbox_archive where id = any($1)
+         union all
+         select id, null, reason from outbox_parked where id = any($1)
+         union all
+         select o.id, null, null from unnest($1) as w(id)
+           join outbox o on o.id = w.id and o.lane = any(array(select generate_series(0, 63)::smallint))",
+    )
+    .bind(row_ids)
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|(id, published_at, reason)| match (published_at, reason) {
+            (Some(at), _) => (id, Publication::Published(at)),
+            (None, Some(reason)) => (id, Publication::Parked(reason)),
+            (None, None) => (id, Publication::Pending),
+        })
+        .collect())
+}

@@ -1,0 +1,282 @@
+//! The Kafka producer. The only file of this crate that knows rdkafka.
+//!
+//! Messages are enqueued synchronously and in order; reports come back over a channel, in whatever
+//! order the broker gives them. (The future-based producer sleeps and tries again when its queue is
+//! full, and other sends overtake it meanwhile.)
+
+use std::time::Duration;
+
+use rdkafka::{
+    ClientConfig, ClientContext, Message,
+    error::{KafkaError, RDKafkaErrorCode as Code},
+    message::{DeliveryResult, Header, OwnedHeaders},
+    producer::{BaseRecord, Producer, ProducerContext, PurgeConfig, ThreadedProducer},
+};
+use tokio::sync::mpsc;
+
+use crate::{delivery::PendingRow, fault::Fault};
+
+/// How a message reaches Kafka; the parts an operator may set.
+#[derive(Debug, Clone)]
+pub struct KafkaSettings {
+    /// `host:port`, comma-separated.
+    pub brokers: String,
+    /// Further librdkafka properties: client.id, TLS, SASL. What this crate's guarantees rest on can't be set.
+    pub client: Vec<(String, String)>,
+}
+
+/// Properties the order and durability of messages rest on.
+const GUARDED: [&str; 12] = [
+    "acks",
+    "request.required.acks",
+    "enable.idempotence",
+    "partitioner",
+    "max.in.flight",
+    "max.in.flight.requests.per.connection",
+    "message.timeout.ms",
+    "delivery.timeout.ms",
+    "retries",
+    "message.send.max.retries",
+    "queuing.strategy",
+    "transactional.id",
+];
+
+/// Why there is no producer.
+#[derive(Debug, thiserror::Error)]
+pub enum PublisherError {
+    /// A property that must not be changed was given.
+    #[error("Kafka client property {0:?} can't be set: the relay's guarantees rest on it")]
+    Guarded(String),
+    /// librdkafka refused the configuration. The value is not shown: it may be a secret.
+    #[error("Kafka client property {property:?} was refused: {reason}")]
+    Refused {
+        /// Its name.
+        property: String,
+        /// Why.
+        reason: String,
+    },
+    /// The client could not be made.
+    #[error("the Kafka producer could not be started: {0}")]
+    Client(String),
+}
+
+/// What became of a message that was enqueued.
+#[derive(Debug)]
+pub(crate) struct Report {
+    pub row_id: i64,
+    pub result: Result<Place, Failure>,
+}
+
+/// Where a message stands in Kafka.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place {
+    pub partition: i32,
+    pub offset: i64,
+}
+
+/// A failure, classified, with the client's own words.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub fault: Fault,
+    pub reason: String,
+}
+
+impl From<&KafkaError> for Failure {
+    fn from(error: &KafkaError) -> Self {
+        Self { fault: classify(error), reason: error.to_string() }
+    }
+}
+
+/// Why a message was not even enqueued.
+#[derive(Debug)]
+pub(crate) enum NotEnqueued {
+    /// The queue is full: wait for reports and go on.
+    QueueFull,
+    /// It failed on the spot.
+    Failed(Failure),
+}
+
+/// An idempotent producer with its reports.
+pub(crate) struct Publisher {
+    producer: ThreadedProducer<Reports>,
+    reports: mpsc::UnboundedReceiver<Report>,
+}
+
+impl Publisher {
+    /// `patience` is how long the client itself tries to deliver one message.
+    pub(crate) fn new(
+        settings: &KafkaSettings,
+        window: usize,
+        patience: Duration,
+    ) -> Result<Self, PublisherError> {
+        // Unbounded, yet never longer than the window: every report answers one message in it.
+        let (sender, reports) = mpsc::unbounded_channel();
+        let mut config = ClientConfig::new();
+        for (property, value) in &settings.client {
+            if GUARDED.contains(&property.as_str()) {
+                return Err(PublisherError::Guarded(property.clone()));
+            }
+            config.set(property, value);
+        }
+        config
+            .set("bootstrap.servers", &settings.brokers)
+            .set("enable.idempotence", "true")
+            .set("acks", "all")
+            // As Java and kafkajs clients spread keys, so that consumers can join by partition.
+            .set("partitioner", "murmur2_random")
+            // The default here differs from the Java client's: an unknown topic must not come into
+            // being with default settings because of a spelling mistake.
+            .set("allow.auto.create.topics", "false")
+            // kafkajs reads only uncompressed and gzip batches without plug-ins.
+            .set("compression.type", "none")
+            .set("linger.ms", "1")
+            .set("message.timeout.ms", patience.as_millis().to_string())
+            .set("topic.metadata.propagation.max.ms", "5000")
+            .set("queue.buffering.max.messages", (window * 2).max(1000).to_string())
+            .set("reconnect.backoff.ms", "50")
+            .set("reconnect.backoff.max.ms", "1000")
+            .set("socket.keepalive.enable", "true")
+            .set("statistics.interval.ms", "0");
+        let producer = config.create_with_context(Reports(sender)).map_err(|error| match error {
+            KafkaError::ClientConfig(_, reason, property, _) => PublisherError::Refused { property, reason },
+            other => PublisherError::Client(other.to_string()),
+        })?;
+        Ok(Self { producer, reports })
+    }
+
+    /// Hands one row to the client. Its report comes later, unless this fails.
+    pub(crate) fn enqueue(&self, row: &PendingRow) -> Result<(), NotEnqueued> {
+        let mut headers = OwnedHeaders::new_with_capacity(row.headers.len() + 3);
+        let own = [
+            ("ce_time", row.created_at.to_rfc3339_opts(chrono::SecondsFormat::Micros, true)),
+            ("aggregate-seq", row.seq.to_string()),
+        ];
+        let replay = row.replay_of.map(|of| ("replay-of", of.to_string()));
+        for (name, value) in own.iter().chain(replay.iter()) {
+            headers = headers.insert(Header { key: name, value: Some(value) });
+        }
+        for (name, value) in row.headers.iter() {
+            headers = headers.insert(Header { key: name, value: Some(value) });
+        }
+        let record = BaseRecord::with_opaque_to(&row.topic, Box::new(row.id))
+            .key(&row.key)
+            .payload(&row.payload)
+            .headers(headers);
+        self.producer.send(record).map_err(|(error, _)| match error {
+            KafkaError::MessageProduction(Code::QueueFull) => NotEnqueued::QueueFull,
+            other => NotEnqueued::Failed(Failure::from(&other)),
+        })
+    }
+
+    /// The next report; waits for one.
+    pub(crate) async fn report(&mut self) -> Option<Report> {
+        self.reports.recv().await
+    }
+
+    /// The next report, if one is there.
+    pub(crate) fn report_now(&mut self) -> Option<Report> {
+        self.reports.try_recv().ok()
+    }
+
+    /// Gives up everything that is queued or in flight, so that a relay that has lost its lanes
+    /// stops appending. What is on the wire may still arrive: a copy under a known message id.
+    pub(crate) fn purge(&self) {
+        self.producer.purge(PurgeConfig::default().queue().inflight());
+    }
+}
+
+/// Passes delivery reports from the client's thread to the worker.
+struct Reports(mpsc::UnboundedSender<Report>);
+
+impl ClientContext for Reports {
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::warn!(kafka.error = %error, "kafka producer: {reason}");
+    }
+}
+
+impl ProducerContext for Reports {
+    type DeliveryOpaque = Box<i64>;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, row_id: Box<i64>) {
+        let result = match result {
+            Ok(message) => Ok(Place { partition: message.partition(), offset: message.offset() }),
+            Err((error, _)) => Err(Failure::from(error)),
+        };
+        // The receiver is gone only when the worker is: nobody is left to tell.
+        let _ = self.0.send(Report { row_id: *row_id, result });
+    }
+}
+
+/// Whose fault an error is. Whatever is not known to be the message's or the topic's own is the
+/// broker's: it is tried again, and nothing is parked for a fault that may pass.
+fn classify(error: &KafkaError) -> Fault {
+    let Some(code) = error.rdkafka_error_code() else { return Fault::Broker };
+    match code {
+        Code::Fatal | Code::OutOfOrderSequenceNumber | Code::Fenced | Code::State => Fault::Producer,
+        Code::MessageSizeTooLarge | Code::InvalidMessage | Code::InvalidMessageSize | Code::InvalidRecord
+        | Code::BadMessage | Code::InvalidArgument => Fault::Message,
+        Code::UnknownTopic
+        | Code::UnknownTopicOrPartition
+        | Code::UnknownPartition
+        | Code::InvalidTopic
+        | Code::TopicAuthorizationFailed => Fault::Topic,
+        _ => Fault::Broker,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fault_of(code: Code) -> Fault {
+        classify(&KafkaError::MessageProduction(code))
+    }
+
+    #[test]
+    fn only_a_message_of_its_own_fault_is_parked() {
+        assert_eq!(fault_of(Code::MessageSizeTooLarge), Fault::Message);
+        assert_eq!(fault_of(Code::InvalidRecord), Fault::Message);
+        for passing in [
+            Code::MessageTimedOut,
+            Code::BrokerTransportFailure,
+            Code::AllBrokersDown,
+            Code::NotEnoughReplicas,
+            Code::NotLeaderForPartition,
+            Code::PurgeQueue,
+            Code::ClusterAuthorizationFailed,
+        ] {
+            assert_eq!(fault_of(passing), Fault::Broker, "{passing:?}");
+        }
+    }
+
+    #[test]
+    fn a_missing_topic_is_not_the_messages_fault() {
+        assert_eq!(fault_of(Code::UnknownTopicOrPartition), Fault::Topic);
+        assert_eq!(fault_of(Code::TopicAuthorizationFailed), Fault::Topic);
+    }
+
+    #[test]
+    fn settings_that_would_break_the_promises_are_refused() {
+        for property in GUARDED {
+            let settings = KafkaSettings {
+                brokers: "127.0.0.1:1".into(),
+                client: vec![(property.into(), "0".into())],
+            };
+            assert!(matches!(
+                Publisher::new(&settings, 10, Duration::from_secs(1)),
+                Err(PublisherError::Guarded(_))
+            ));
+        }
+    }
+
+    #[test]
+    fn a_refused_property_does_not_show_its_value() {
+        let settings = KafkaSettings {
+            brokers: "127.0.0.1:1".into(),
+            client: vec![("sasl.mechanism.typo".into(), "hunter2".into())],
+        };
+        let error = Publisher::new(&settings, 10, Duration::from_secs(1)).err().map(|e| e.to_string());
+        let error = error.unwrap_or_default();
+        assert!(error.contains("sasl.mechanism.typo") && !error.contains("hunter2"), "{error}");
+    }
+}

@@ -1,0 +1,158 @@
+//! The relay as a whole: one lease keeper and a few workers, each with its own producer and its own
+//! share of the lanes. While one worker waits for the database the other waits for the broker.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use sqlx::postgres::PgPool;
+use tokio::time::sleep;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    lanes::{LeaseKeeper, Ownership},
+    publisher::{KafkaSettings, Publisher, PublisherError},
+    wake::Wake,
+    worker::Worker,
+};
+
+/// How a relay runs.
+#[derive(Debug, Clone)]
+pub struct RelaySettings {
+    /// Shown to operators as the owner of lanes: host and process, say.
+    pub name: String,
+    /// The broker.
+    pub kafka: KafkaSettings,
+    /// How long lanes stay owned without a renewal. A dead relay's lanes are taken over within
+    /// twice this.
+    pub lease: Duration,
+    /// Most rows a worker holds in memory.
+    pub batch: usize,
+    /// Workers; each has a producer. Two overlap database and broker.
+    pub workers: usize,
+    /// Longest time between two looks at the outbox, when no wake-up comes.
+    pub poll: Duration,
+}
+
+/// A relay: delivers what stands in the outbox until it is told to stop.
+pub struct Relay {
+    settings: Arc<RelaySettings>,
+    pool: PgPool,
+    wake: Wake,
+    ownership: Ownership,
+}
+
+impl Relay {
+    /// `pool` is the relay's own: a storm of logins must not starve it, nor it them. It holds one
+    /// connection for listening, one per worker and one for the lease at the most.
+    pub fn new(pool: PgPool, settings: RelaySettings, wake: Wake) -> Self {
+        Self { settings: Arc::new(settings), pool, wake, ownership: Ownership::default() }
+    }
+
+    /// Runs until `shutdown`, then waits for what is in flight (at most one lease), archives it and
+    /// gives its lanes back, so that another relay goes on at once.
+    ///
+    /// Fails at once where the producer's settings are refused; nothing later makes it return.
+    pub async fn run(self, shutdown: CancellationToken) -> Result<(), PublisherError> {
+        self.publisher()?;
+        let keeper_stop = CancellationToken::new();
+        let keeper = tokio::spawn(keep_lease(
+            LeaseKeeper::new(
+                self.ownership.clone(),
+                self.settings.name.clone(),
+                self.settings.lease,
+                self.settings.batch,
+            ),
+            self.pool.clone(),
+            self.settings.lease,
+            keeper_stop.clone(),
+        ));
+        let listener = tokio::spawn(self.wake.clone().listen(self.pool.clone(), shutdown.clone()));
+        let relay = Arc::new(self);
+        let workers = TaskTracker::new();
+        for index in 0..relay.settings.workers {
+            workers.spawn(supervise(relay.clone(), index, shutdown.clone()));
+        }
+        workers.close();
+        workers.wait().await;
+        keeper_stop.cancel();
+        let _ = tokio::join!(keeper, listener);
+        Ok(())
+    }
+
+    fn publisher(&self) -> Result<Publisher, PublisherError> {
+        Publisher::new(&self.settings.kafka, self.settings.batch, self.patience())
+    }
+
+    /// How long the client tries to deliver one message before it reports a time-out. Well above a
+    /// leader election; the order of a key does not depend on it, since the next message of a key
+    /// waits for the report whatever it says.
+    fn patience(&self) -> Duration {
+        self.settings.lease.max(Duration::from_secs(10))
+    }
+}
+
+/// Keeps one worker going. A worker that panics is replaced, and its lanes come under suspicion as
+/// if the process had died: the row that did it may be among them.
+async fn supervise(relay: Arc<Relay>, index: usize, shutdown: CancellationToken) {
+    while !shutdown.is_cancelled() {
+        let publisher = match relay.publisher() {
+            Ok(publisher) => publisher,
+            Err(error) => {
+                tracing::error!(%error, "no producer; trying again");
+                sleep(Duration::from_secs(1)).await;
+                continue;
+            }
+        };
+        let worker = Worker::new(
+            index,
+            relay.settings.clone(),
+            relay.pool.clone(),
+            relay.ownership.clone(),
+            publisher,
+            relay.wake.subscribe(),
+        );
+        let Err(failure) = tokio::spawn(worker.run(shutdown.clone())).await else { continue };
+        tracing::error!(worker = index, %failure, "relay worker died; its lanes are under suspicion");
+        metrics::counter!("outbox_worker_deaths_total").increment(1);
+        if let Ok(mut conn) = relay.pool.acquire().await {
+            let accused = relay.ownership.accuse(&mut conn, index, relay.settings.workers, relay.settings.batch).await;
+            if let Err(error) = accused {
+                tracing::warn!(%error, "the suspicion could not be written down");
+            }
+        }
+        sleep(Duration::from_secs(1)).await;
+    }
+}
+
+async fn keep_lease(mut keeper: LeaseKeeper, pool: PgPool, lease: Duration, stop: CancellationToken) {
+    let every = lease / 4;
+    while !stop.is_cancelled() {
+        let round = async {
+            let mut conn = pool.acquire().await?;
+            keeper.tick(&mut conn).await
+        };
+        // A database that hangs must not hang the keeper: the next round asks anew.
+        match tokio::time::timeout(lease, round).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "lease not renewed; trying again"),
+            Err(_) => tracing::warn!("lease not renewed: the database does not answer; trying again"),
+        }
+        metrics::gauge!("outbox_lanes_owned").set(keeper.ownership.count() as f64);
+        stop.run_until_cancelled(sleep(every.mul_f64(0.9 + jitter() * 0.2))).await;
+    }
+    let resigned = async {
+        let mut conn = pool.acquire().await?;
+        keeper.resign(&mut conn).await
+    };
+    if let Err(error) = resigned.await {
+        tracing::warn!(%error, "lanes not given back; others take them when the lease runs out");
+    }
+}
+
+/// A number in 0..1 that differs between processes and moments; good enough to spread polls.
+pub(crate) fn jitter() -> f64 {
+    let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.subsec_nanos());
+    f64::from(nanos % 1000) / 1000.0
+}

@@ -1,0 +1,138 @@
+//! Sending again: a parked key goes on in order, an archived message goes out once more under its
+//! old message id. Both happen in the caller's transaction, so that the audit row stands beside
+//! them.
+
+use serde::Serialize;
+use sqlx::PgConnection;
+
+/// What a replay did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase", tag = "replayed")]
+pub enum Replayed {
+    /// The parked key is free: these rows go out, in their order.
+    Parked {
+        /// Key.
+        key: String,
+        /// Rows put back into the outbox.
+        rows: Vec<i64>,
+    },
+    /// The archived message goes out again.
+    #[serde(rename_all = "camelCase")]
+    Published {
+        /// The new outbox row; the message id is the old one.
+        row: i64,
+        /// The archived row.
+        replay_of: i64,
+    },
+}
+
+/// Why a row is not sent again.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    /// No such row.
+    #[error("there is no outbox row {0}")]
+    NotFound(i64),
+    /// It is on its way already.
+    #[error("row {0} is not out yet and goes out by itself")]
+    Pending(i64),
+    /// Later messages of its key exist.
+    #[error(
+        "row {row} is message {seq} of key {key:?}, and message {last} exists: sent again it would come after \
+         messages that followed it (a user.create after its user.delete would raise the dead); \
+         force it with the admin scope if that is what you want"
+    )]
+    Overtaken {
+        /// The row.
+        row: i64,
+        /// Its key.
+        key: String,
+        /// Its place.
+        seq: i64,
+        /// The newest message's place.
+        last: i64,
+    },
+    /// The database failed.
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+/// Sends a row again. A parked row takes its whole key with it, since nothing behind it may come
+/// before it. A published one is refused when later messages of its key exist, unless `force`.
+///
+/// Wake the relay after the commit.
+pub async fn replay(conn: &mut PgConnection, row_id: i64, force: bool) -> Result<Replayed, ReplayError> {
+    let parked: Option<String> =
+        sqlx::query_scalar("select key from outbox_parked where id = $1").bind(row_id).fetch_optional(&mut *conn).await?;
+    if let Some(key) = parked {
+        return Ok(unpark(conn, &key).await?);
+    }
+    let archived: Option<(String, i64)> =
+        sqlx::query_as("select key, seq from outbox_archive where id = $1").bind(row_id).fetch_optional(&mut *conn).await?;
+    match archived {
+        Some((key, seq)) => send_again(conn, row_id, &key, seq, force).await,
+        None => Err(match pending(conn, row_id).await? {
+            true => ReplayError::Pending(row_id),
+            false => ReplayError::NotFound(row_id),
+        }),
+    }
+}
+
+/// The rows keep their ids, and with them their order: whatever was appended since has higher ones.
+async fn unpark(conn: &mut PgConnection, key: &str) -> Result<Replayed, sqlx::Error> {
+    // The same lock the relay takes to park behind a parked row: see `delivery::park`.
+    sqlx::query("update outbox_progress set blocked_by = null where key = $1").bind(key).execute(&mut *conn).await?;
+    let mut rows: Vec<i64> = sqlx::query_scalar(
+        "with freed as (delete from outbox_parked where key = $1 returning *)
+         insert into outbox (id, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at)
+         overriding system value
+         select id, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at from freed
+         returning id",
+    )
+    .bind(key)
+    .fetch_all(conn)
+    .await?;
+    rows.sort_unstable();
+    Ok(Replayed::Parked { key: key.to_owned(), rows })
+}
+
+async fn send_again(
+    conn: &mut PgConnection,
+    row_id: i64,
+    key: &str,
+    seq: i64,
+    force: bool,
+) -> Result<Replayed, ReplayError> {
+    // Locking the counter keeps a message from being appended between this look and the commit: it
+    // would have a lower row id than the replay, and go out first.
+    let last: Option<i64> = sqlx::query_scalar("select last_seq from outbox_keys where key = $1 for update")
+        .bind(key)
+        .fetch_optional(&mut *conn)
+        .await?;
+    let last = last.unwrap_or(seq);
+    if last > seq && !force {
+        return Err(ReplayError::Overtaken { row: row_id, key: key.to_owned(), seq, last });
+    }
+    let row = sqlx::query_scalar(
+        "insert into outbox (lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of)
+         select lane, key, seq, message_id, topic, payload, headers, saga_id, coalesce(replay_of, id)
+           from outbox_archive where id = $1 limit 1
+         on conflict on constraint outbox_seq_unique do nothing
+         returning id",
+    )
+    .bind(row_id)
+    .fetch_optional(conn)
+    .await?;
+    match row {
+        Some(row) => Ok(Replayed::Published { row, replay_of: row_id }),
+        None => Err(ReplayError::Pending(row_id)),
+    }
+}
+
+async fn pending(conn: &mut PgConnection, row_id: i64) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(
+        "select exists (select from outbox where id = $1 and lane = any(array(select generate_series(0, 63)::smallint)))",
+    )
+    .bind(row_id)
+    .fetch_one(conn)
+    .await
+}

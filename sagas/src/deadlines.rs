@@ -1,0 +1,137 @@
+//! Silence. A deadline begins to run when its command is in Kafka, so that a broker that is away is
+//! not silence; when it has passed, the saga first says that it is being looked into, then the
+//! other service is asked, and only its answer (or the configured policy) closes the saga.
+//!
+//! The sweep has a loop of its own and is not left to the scheduler: that a saga comes to rest hangs
+//! on it, and repeated jobs of cron schedulers have been seen to stop under load.
+
+use std::{collections::HashMap, time::Duration};
+
+use outbox_relay::{Publication, publications};
+use sqlx::PgPool;
+use tokio::{task::JoinSet, time::sleep};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    machine::{Event, Recourse, Settlement},
+    orchestrator::{EventSource, Flows, Handled, Orchestrator, SagaError},
+    state::Status,
+    store,
+};
+
+const BATCH: i64 = 500;
+/// Questions under way at once: enough to work off an outage, not enough to start one.
+const ASKING_AT_ONCE: usize = 8;
+
+/// Where the look at unpublished commands goes on; see [`Orchestrator::sweep`].
+#[derive(Debug, Default)]
+pub struct SweepCursor(i64);
+
+impl<F: Flows> Orchestrator<F> {
+    /// Sweeps every `every` until `shutdown`.
+    pub async fn watch_deadlines(self, pool: PgPool, every: Duration, shutdown: CancellationToken) {
+        let mut cursor = SweepCursor::default();
+        while !shutdown.is_cancelled() {
+            match self.sweep(&pool, &mut cursor).await {
+                Ok(looked_into) if looked_into as i64 >= BATCH => continue,
+                Ok(_) => metrics::gauge!("saga_sweep_last_success_seconds").set(chrono::Utc::now().timestamp() as f64),
+                Err(error) => tracing::warn!(%error, "deadlines could not be looked at; trying again"),
+            }
+            shutdown.run_until_cancelled(sleep(every)).await;
+        }
+    }
+
+    /// One round: start the clocks of commands that are out, then look into what is overdue. Several
+    /// replicas may sweep at once. Answers how many overdue sagas were looked into.
+    pub async fn sweep(&self, pool: &PgPool, cursor: &mut SweepCursor) -> Result<usize, SagaError> {
+        self.follow_publications(pool, cursor).await?;
+        let overdue = {
+            let mut conn = pool.acquire().await?;
+            store::overdue(&mut conn, BATCH).await?
+        };
+        let count = overdue.len();
+        let mut asking = JoinSet::new();
+        for saga_id in overdue {
+            if asking.len() >= ASKING_AT_ONCE {
+                asking.join_next().await;
+            }
+            let (orchestrator, pool) = (self.clone(), pool.clone());
+            asking.spawn(async move {
+                if let Err(error) = orchestrator.look_into(&pool, saga_id).await {
+                    tracing::warn!(saga.id = %saga_id, %error, "a silent saga could not be looked into; trying again");
+                }
+            });
+        }
+        while asking.join_next().await.is_some() {}
+        Ok(count)
+    }
+
+    /// Asks the outbox what became of commands. The cursor goes round, so that rows that stay (a
+    /// paused topic's, say) never keep the others from being looked at.
+    async fn follow_publications(&self, pool: &PgPool, cursor: &mut SweepCursor) -> Result<(), SagaError> {
+        let mut conn = pool.acquire().await?;
+        let waiting = store::unpublished(&mut conn, cursor.0, BATCH).await?;
+        cursor.0 = if (waiting.len() as i64) < BATCH { 0 } else { waiting.last().map_or(0, |last| last.1) };
+        let rows: Vec<i64> = waiting.iter().map(|(_, row)| *row).collect();
+        let what_became: HashMap<i64, Publication> = publications(&mut conn, &rows).await?;
+        drop(conn);
+        for (saga_id, row) in waiting {
+            let (event, published_at) = match what_became.get(&row) {
+                Some(Publication::Published(at)) => (Event::Published, Some(*at)),
+                Some(Publication::Parked(reason)) => (Event::Parked { reason: reason.clone() }, None),
+                // Gone from the archive by retention: it was out, so the time is up.
+                None => (Event::Published, None),
+                Some(Publication::Pending) => continue,
+            };
+            let source = EventSource { published_at, ..EventSource::of("deadlines") };
+            self.committed(pool, async |conn| {
+                let saga = store::find(conn, saga_id).await?;
+                // A saga that is stuck because its command is parked, and still is: nothing new.
+                let known = saga.is_some_and(|saga| saga.status == Status::Stuck && published_at.is_none());
+                if !known {
+                    self.take_in(conn, saga_id, &event, source).await?;
+                }
+                Ok::<_, SagaError>(())
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    async fn look_into(&self, pool: &PgPool, saga_id: Uuid) -> Result<(), SagaError> {
+        let recourse = self.inner.flows.recourse();
+        let asked = self
+            .committed(pool, async |conn| {
+                let Some(saga) = store::lock(conn, saga_id).await? else { return Ok(None) };
+                // Looked at again under the lock: a reply may have come, or another replica may ask.
+                if !store::overdue_now(conn, saga_id).await? {
+                    return Ok(None);
+                }
+                let event = Event::Overdue { recourse };
+                let handled = self.take_in(conn, saga_id, &event, EventSource::of("deadlines")).await?;
+                let asking = handled == Some(Handled::Moved(Status::Resolving));
+                Ok::<_, SagaError>(asking.then_some(saga))
+            })
+            .await?;
+        let Some(saga) = asked else { return Ok(()) };
+        debug_assert_eq!(recourse, Recourse::Ask);
+
+        let settings = &self.inner.settings;
+        let answer = match tokio::time::timeout(settings.ask_timeout, self.inner.flows.ask(&saga)).await {
+            Ok(answer) => answer,
+            Err(_) => Settlement::NoAnswer(format!("no answer within {:?}", settings.ask_timeout)),
+        };
+        let answer = match answer {
+            Settlement::NoAnswer(why) if saga.resolve_attempts + 1 >= settings.resolve_attempts as i32 => {
+                Settlement::GaveUp(format!("{} questions, the last one: {why}", saga.resolve_attempts + 1))
+            }
+            answer => answer,
+        };
+        self.committed(pool, async |conn| {
+            self.take_in(conn, saga_id, &Event::Settled(answer), EventSource::of("back-check")).await?;
+            self.take_up_deferred(conn, saga_id).await
+        })
+        .await
+    }
+}

@@ -1,0 +1,3 @@
+//! The sagas themselves, one file each.
+
+pub mod create_user;

@@ -1,0 +1,306 @@
+//! The composition root: everything a process needs, and the roles it may play.
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    net::SocketAddr,
+    ops::Deref,
+    str::FromStr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use metrics_exporter_prometheus::PrometheusHandle;
+use outbox_relay::{KafkaSettings, Relay, RelaySettings, Wake};
+use saga_orchestrator::{ConsumerSettings, Definition, Orchestrator, SagaSettings, flows::create_user};
+use sqlx::{PgPool, postgres::PgPoolOptions};
+use tokio::net::TcpListener;
+use tokio_util::task::TaskTracker;
+
+use crate::{
+    admin,
+    config::Config,
+    crypto::{hasher::Hasher, signer::TokenSigner},
+    grpc,
+    health::Health,
+    housekeeping, http, migrations,
+    participants::Participants,
+    shutdown::Shutdown,
+    user_client::UserServiceClient,
+};
+
+/// The kinds of sagas this service runs.
+pub static SAGAS: &[&Definition] = &[&create_user::DEFINITION];
+
+/// How often silence is looked for.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// What every request and every role shares. Cheap to clone.
+#[derive(Clone)]
+pub struct App(Arc<Shared>);
+
+/// See [`App`].
+pub struct Shared {
+    /// The configuration.
+    pub config: Config,
+    /// For requests, sagas and housekeeping; the relay has a pool of its own.
+    pub db: PgPool,
+    /// The bounded bcrypt pool.
+    pub hasher: Hasher,
+    /// Signs and verifies tokens.
+    pub signer: TokenSigner,
+    /// Sagas.
+    pub sagas: Orchestrator<Participants>,
+    /// Wakes the relay after a commit.
+    pub wake: Wake,
+    /// Whether this instance can serve.
+    pub health: Health,
+    /// Renders the metrics.
+    pub metrics: PrometheusHandle,
+    /// When the process began.
+    pub started: Instant,
+    /// The two moments of a stop.
+    pub shutdown: Shutdown,
+}
+
+impl Deref for App {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+/// One thing a process does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// REST.
+    Http,
+    /// gRPC.
+    Grpc,
+    /// The operator's port.
+    Admin,
+    /// Publishing the outbox.
+    Relay,
+    /// Replies and deadlines.
+    Sagas,
+    /// Tidying up.
+    Housekeeping,
+}
+
+impl Role {
+    /// All of them.
+    pub const ALL: [Role; 6] =
+        [Role::Http, Role::Grpc, Role::Admin, Role::Relay, Role::Sagas, Role::Housekeeping];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Role::Http => "http",
+            Role::Grpc => "grpc",
+            Role::Admin => "admin",
+            Role::Relay => "relay",
+            Role::Sagas => "sagas",
+            Role::Housekeeping => "housekeeping",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Role {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Role::ALL.into_iter().find(|role| role.as_str() == text).ok_or_else(|| {
+            let known: Vec<_> = Role::ALL.iter().map(|role| role.as_str()).collect();
+            format!("no such role; the roles are {}", known.join(", "))
+        })
+    }
+}
+
+/// A running process: its addresses, and how to stop it.
+pub struct Running {
+    /// What the roles share.
+    pub app: App,
+    /// Where REST is served.
+    pub http: Option<SocketAddr>,
+    /// Where gRPC is served.
+    pub grpc: Option<SocketAddr>,
+    /// Where operators are served.
+    pub admin: Option<SocketAddr>,
+    tasks: TaskTracker,
+}
+
+impl App {
+    fn build(config: Config, metrics: PrometheusHandle) -> anyhow::Result<Self> {
+        let db = PgPoolOptions::new()
+            .max_connections(config.database.pool_size)
+            .acquire_timeout(config.database.acquire_timeout)
+            .connect_lazy_with(config.database.options.clone());
+        let client = config.sagas.user_service_url.as_deref().map(UserServiceClient::new).transpose();
+        let client = client.context("USER_SERVICE_GRPC_URL")?;
+        let settings = SagaSettings {
+            source: config.sender.clone(),
+            topic_prefix: config.kafka.topic_prefix.clone(),
+            participant: config.sagas.participant.clone(),
+            step_timeout: config.sagas.step_timeout,
+            ask_timeout: Duration::from_secs(10),
+            resolve_backoff: config.sagas.resolve_backoff,
+            resolve_attempts: config.sagas.resolve_attempts,
+        };
+        let wake = Wake::default();
+        let participants = Participants::new(client, config.sagas.silence_policy);
+        Ok(Self(Arc::new(Shared {
+            hasher: Hasher::new(config.passwords.hasher.clone()).context("password hashing")?,
+            signer: config.signer.clone(),
+            sagas: Orchestrator::new(settings, SAGAS, participants, wake.clone()),
+            health: Health::default(),
+            started: Instant::now(),
+            shutdown: Shutdown::default(),
+            wake,
+            metrics,
+            db,
+            config,
+        })))
+    }
+
+    /// A pool for the relay alone. Its statements are planned anew each time, because arrays of ids
+    /// are known only then, and never by a sequential scan: statistics taken while the outbox was
+    /// empty would recommend one.
+    fn relay_pool(&self) -> PgPool {
+        let options = self.config.database.options.clone().options([
+            ("plan_cache_mode", "force_custom_plan"),
+            ("enable_seqscan", "off"),
+        ]);
+        PgPoolOptions::new()
+            .max_connections(self.config.database.relay_pool_size)
+            .acquire_timeout(self.config.database.acquire_timeout)
+            .connect_lazy_with(options)
+    }
+
+    fn relay(&self) -> Relay {
+        let config = &self.config;
+        let host = std::env::var("HOSTNAME").unwrap_or_else(|_| "localhost".to_owned());
+        let settings = RelaySettings {
+            name: format!("{host}:{}", std::process::id()),
+            kafka: KafkaSettings {
+                brokers: config.kafka.brokers.clone(),
+                client: config.kafka.client.clone(),
+            },
+            lease: config.relay.lease,
+            batch: config.relay.batch,
+            workers: config.relay.workers,
+            poll: config.relay.poll,
+        };
+        Relay::new(self.relay_pool(), settings, self.wake.clone())
+    }
+}
+
+/// Starts the roles. Ports are bound before anything runs, so that a port that is taken is said at
+/// once; a database that is away is not an error: the process serves when it is back.
+pub async fn start(config: Config, roles: &BTreeSet<Role>, metrics: PrometheusHandle) -> anyhow::Result<Running> {
+    let app = App::build(config, metrics)?;
+    check_schema(&app).await?;
+    let bind = async |role: Role, address: SocketAddr, variable: &str| -> anyhow::Result<Option<TcpListener>> {
+        if !roles.contains(&role) {
+            return Ok(None);
+        }
+        let listener = TcpListener::bind(address).await;
+        listener.map(Some).with_context(|| {
+            format!("can't listen on {address}: set {variable} to a free port, or stop what holds this one")
+        })
+    };
+    let http = bind(Role::Http, app.config.http.listen, "PORT").await?;
+    let grpc = bind(Role::Grpc, app.config.grpc.listen, "GRPC_PORT").await?;
+    let admin = bind(Role::Admin, app.config.admin.listen, "ADMIN_PORT").await?;
+    let address = |listener: &Option<TcpListener>| listener.as_ref().map(TcpListener::local_addr).transpose();
+    let mut running = Running {
+        http: address(&http)?,
+        grpc: address(&grpc)?,
+        admin: address(&admin)?,
+        app: app.clone(),
+        tasks: TaskTracker::new(),
+    };
+    let stop = app.shutdown.stopping.clone();
+    if let Some(listener) = http {
+        running.spawn("http", http::serve(listener, app.clone(), stop.clone()));
+    }
+    if let Some(listener) = grpc {
+        running.spawn("grpc", grpc::serve(listener, app.clone(), stop.clone()));
+    }
+    if let Some(listener) = admin {
+        running.spawn("admin", admin::serve(listener, app.clone(), stop.clone()));
+    }
+    let announcing = app.wake.clone().announce(app.db.clone(), stop.clone());
+    running.tasks.spawn(announcing);
+    if roles.contains(&Role::Relay) {
+        let relay = app.relay().run(stop.clone());
+        running.spawn("relay", async { relay.await.map_err(anyhow::Error::from) });
+    }
+    if roles.contains(&Role::Sagas) {
+        let settings = ConsumerSettings {
+            brokers: app.config.kafka.brokers.clone(),
+            group_id: app.config.kafka.group_id.clone(),
+            client: app.config.kafka.client.clone(),
+        };
+        running.tasks.spawn(app.sagas.clone().consume(app.db.clone(), settings, stop.clone()));
+        running.tasks.spawn(app.sagas.clone().watch_deadlines(app.db.clone(), SWEEP, stop.clone()));
+    }
+    if roles.contains(&Role::Housekeeping) {
+        let housekeeping = housekeeping::run(app.clone(), stop.clone());
+        running.spawn("housekeeping", async { housekeeping.await.map_err(anyhow::Error::from) });
+    }
+    running.tasks.close();
+    Ok(running)
+}
+
+/// A schema that is behind is an error of the deployment and said at once.
+async fn check_schema(app: &App) -> anyhow::Result<()> {
+    let current = async {
+        let mut conn = app.db.acquire().await?;
+        migrations::is_current(&mut conn).await
+    };
+    match current.await {
+        Ok(true) => Ok(()),
+        Ok(false) => anyhow::bail!("the database's schema is behind this program: run `auth-service migrate` first"),
+        Err(error) => {
+            tracing::warn!(%error, "the database can't be reached yet; not ready until it can");
+            Ok(())
+        }
+    }
+}
+
+impl Running {
+    /// A role that ends by itself is a reason to stop: what is left would look alive and not be.
+    fn spawn<F, E>(&mut self, name: &'static str, role: F)
+    where
+        F: Future<Output = Result<(), E>> + Send + 'static,
+        E: fmt::Display + Send,
+    {
+        let shutdown = self.app.shutdown.clone();
+        self.tasks.spawn(async move {
+            let ended = role.await;
+            if !shutdown.stopping.is_cancelled() {
+                match ended {
+                    Ok(()) => tracing::error!(role = name, "ended unexpectedly; stopping"),
+                    Err(error) => tracing::error!(role = name, %error, "failed; stopping"),
+                }
+                shutdown.begin(Duration::ZERO).await;
+            }
+        });
+    }
+
+    /// Stops in order and waits until everything has finished, at most `patience` long.
+    pub async fn stop(self, drain: Duration, patience: Duration) {
+        self.app.shutdown.begin(drain).await;
+        if tokio::time::timeout(patience, self.tasks.wait()).await.is_err() {
+            tracing::warn!("not everything finished in time; leaving the rest to the next start");
+        }
+        let _ = tokio::time::timeout(patience, self.app.db.close()).await;
+    }
+}

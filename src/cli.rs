@@ -1,0 +1,229 @@
+//! The command line.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    env, io,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+use clap::{Parser, Subcommand};
+
+use crate::{
+    app::{self, Role},
+    config::{self, Config, ConfigErrors, Profile},
+    crypto, migrations, shutdown, telemetry,
+};
+
+/// Authentication for microservice systems whose registrations never get lost or left half-done.
+///
+/// Fresh machine? `auth-service dev` brings up everything it needs and prints what to type next.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The whole system on this machine: PostgreSQL, broker, keys, schema, every role, a user-service
+    #[cfg(feature = "dev")]
+    Dev(crate::dev::DevArgs),
+    /// A tour on embedded parts that ends by itself and counts what it did; exit 1 when a count is wrong
+    #[cfg(feature = "dev")]
+    Demo(crate::dev::demo::DemoArgs),
+    /// The reference user-service alone, as `compose.yaml` runs it
+    #[cfg(feature = "dev")]
+    UserService(crate::dev::UserServiceArgs),
+    /// Run the service; several replicas of any role may run side by side
+    Serve {
+        /// What this process does: http, grpc, admin, relay, sagas, housekeeping
+        #[arg(long = "role", value_delimiter = ',', value_name = "ROLE,…")]
+        roles: Vec<Role>,
+    },
+    /// Bring the database's schema up to date; safe when many replicas start at once
+    Migrate,
+    /// Key pairs for signing tokens
+    #[command(subcommand)]
+    Keys(Keys),
+    /// Tokens for the admin port
+    #[command(subcommand)]
+    AdminToken(AdminToken),
+    /// Say every configuration error at once, secrets redacted; exit 2 when something is wrong
+    CheckConfig,
+    /// Exit 0 when the local instance is ready (for container health checks)
+    Healthcheck {
+        /// Where to ask; by default this machine on PORT
+        #[arg(long, value_name = "URL")]
+        url: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Keys {
+    /// Make two RSA key pairs, one for access and one for refresh tokens
+    Generate {
+        /// Folder to write them to; nothing in it is overwritten
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Size of the keys in bits: 2048, 3072 or 4096
+        #[arg(long, default_value_t = 3072)]
+        bits: u32,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum AdminToken {
+    /// Make a token: prints it once, and the entry for ADMIN_TOKENS
+    New {
+        /// Who it is for; stands in the audit log
+        #[arg(long)]
+        name: String,
+        /// What it may do: read, operate, admin
+        #[arg(long, value_delimiter = ',', default_value = "read")]
+        scopes: Vec<String>,
+    },
+}
+
+/// How a command ended badly.
+enum Failure {
+    /// Exit 2: the configuration.
+    Config(ConfigErrors),
+    /// Exit 1: anything else.
+    Other(anyhow::Error),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Failure::Other(error.into())
+    }
+}
+
+/// Runs the command that was typed.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    crypto::install_provider();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(Failure::Other(error.into())),
+    };
+    let ended = runtime.block_on(dispatch(cli.command));
+    // bcrypt and client threads that are still at work must not hold the exit up.
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    ended.unwrap_or_else(fail)
+}
+
+fn fail(failure: Failure) -> ExitCode {
+    match failure {
+        Failure::Config(errors) => {
+            eprintln!("{errors}");
+            ExitCode::from(2)
+        }
+        Failure::Other(error) => {
+            eprintln!("auth-service: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn dispatch(command: Command) -> Result<ExitCode, Failure> {
+    match command {
+        #[cfg(feature = "dev")]
+        Command::Dev(args) => Ok(crate::dev::run(args).await?),
+        #[cfg(feature = "dev")]
+        Command::Demo(args) => Ok(crate::dev::demo::run(args).await?),
+        #[cfg(feature = "dev")]
+        Command::UserService(args) => Ok(crate::dev::run_user_service(args).await?),
+        Command::Serve { roles } => serve(roles).await,
+        Command::Migrate => migrate().await,
+        Command::Keys(Keys::Generate { out, bits }) => {
+            let files = crypto::generate::write_key_files(&out, bits)?;
+            println!("{}", files.env_lines());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::AdminToken(AdminToken::New { name, scopes }) => {
+            print!("{}", crate::admin::auth::new_token(&name, &scopes)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::CheckConfig => {
+            print!("{}", configuration()?.summary());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Healthcheck { url } => healthcheck(url).await,
+    }
+}
+
+fn configuration() -> Result<Config, Failure> {
+    Config::from_vars(environment()?, Profile::Production).map_err(Failure::Config)
+}
+
+/// The environment, and under it `.env` where there is one.
+fn environment() -> Result<Vec<(String, String)>, Failure> {
+    let mut vars: BTreeMap<String, String> = BTreeMap::new();
+    match dotenvy::from_path_iter(".env") {
+        Ok(entries) => {
+            for entry in entries {
+                // The entry is not shown: it may be a secret with a quote too many.
+                let (name, value) = entry.map_err(|_| anyhow::anyhow!(".env has a line that is not NAME=value"))?;
+                vars.insert(name, value);
+            }
+        }
+        Err(dotenvy::Error::Io(error)) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(_) => return Err(anyhow::anyhow!(".env can't be read").into()),
+    }
+    vars.extend(env::vars());
+    Ok(vars.into_iter().collect())
+}
+
+async fn serve(roles: Vec<Role>) -> Result<ExitCode, Failure> {
+    let config = configuration()?;
+    let metrics = telemetry::init(config.log_format, &config.log_filter)?;
+    let roles: BTreeSet<Role> = if roles.is_empty() { Role::ALL.into() } else { roles.into_iter().collect() };
+    let drain = config.shutdown_drain;
+    let running = app::start(config, &roles, metrics).await?;
+    let names: Vec<_> = roles.iter().map(Role::to_string).collect();
+    tracing::info!(
+        roles = names.join(","), http = ?running.http, grpc = ?running.grpc, admin = ?running.admin,
+        "auth-service {} is up", env!("CARGO_PKG_VERSION")
+    );
+    let stopping = running.app.shutdown.stopping.clone();
+    let asked_to = tokio::select! {
+        requested = shutdown::requested() => { requested?; true }
+        () = stopping.cancelled() => false,
+    };
+    tracing::info!("stopping");
+    running.stop(if asked_to { drain } else { Duration::ZERO }, Duration::from_secs(30)).await;
+    Ok(if asked_to { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn migrate() -> Result<ExitCode, Failure> {
+    let database = config::database(environment()?).map_err(Failure::Config)?;
+    match migrations::run(&database.options).await? {
+        0 => println!("the schema is up to date"),
+        applied => println!("applied {applied} migration(s); the schema is up to date"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn healthcheck(url: Option<String>) -> Result<ExitCode, Failure> {
+    let url = match url {
+        Some(url) => url,
+        None => {
+            let mut listen = config::http_listen(environment()?).map_err(Failure::Config)?;
+            if listen.ip().is_unspecified() {
+                listen = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), listen.port());
+            }
+            format!("http://{listen}/auth/health/ready")
+        }
+    };
+    let client = reqwest::Client::builder().timeout(Duration::from_secs(3)).build()?;
+    let answer = client.get(&url).send().await?;
+    if answer.status().is_success() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("{url} answers {}: {}", answer.status(), answer.text().await.unwrap_or_default());
+    Ok(ExitCode::FAILURE)
+}

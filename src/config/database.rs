@@ -1,0 +1,117 @@
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use secrecy::ExposeSecret;
+use sqlx::postgres::PgConnectOptions;
+
+use super::vars::Vars;
+
+/// PostgreSQL, and how many connections each part may hold.
+#[derive(Clone)]
+pub struct DatabaseConfig {
+    /// How to connect. Its own `Debug` shows the password; ours does not.
+    pub options: PgConnectOptions,
+    /// Connections for requests.
+    pub pool_size: u32,
+    /// How long a request waits for one before it is answered 503.
+    pub acquire_timeout: Duration,
+    /// Connections of the relay and the sagas: a storm of logins must not hold them up.
+    pub relay_pool_size: u32,
+}
+
+impl DatabaseConfig {
+    pub(super) fn read(vars: &mut Vars) -> Option<Self> {
+        let seconds = Duration::from_secs;
+        let pool_size = vars.number("DB_POOL_SIZE", 10, 1..=1000);
+        let acquire_timeout =
+            vars.duration("DB_ACQUIRE_TIMEOUT", seconds(3), Duration::from_millis(100)..=seconds(60));
+        let relay_pool_size = vars.number("RELAY_POOL_SIZE", 6, 2..=1000);
+        let options = options(vars)?
+            .application_name("auth-service")
+            .options([
+                // A request that has waited this long has nobody waiting for it any more.
+                ("statement_timeout", "15s"),
+                ("lock_timeout", "5s"),
+                ("idle_in_transaction_session_timeout", "30s"),
+                // The server notices a client that is gone before its locks become a problem.
+                ("tcp_keepalives_idle", "15"),
+                ("tcp_keepalives_interval", "5"),
+                ("tcp_keepalives_count", "3"),
+                ("tcp_user_timeout", "30s"),
+            ]);
+        Some(Self { options, pool_size, acquire_timeout, relay_pool_size })
+    }
+}
+
+impl fmt::Debug for DatabaseConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DatabaseConfig")
+            .field("host", &self.options.get_host())
+            .field("port", &self.options.get_port())
+            .field("database", &self.options.get_database())
+            .field("pool_size", &self.pool_size)
+            .field("acquire_timeout", &self.acquire_timeout)
+            .field("relay_pool_size", &self.relay_pool_size)
+            .finish_non_exhaustive()
+    }
+}
+
+fn options(vars: &mut Vars) -> Option<PgConnectOptions> {
+    let errors = vars.errors.len();
+    vars.parse(
+        "DB_DIALECT",
+        "postgres".to_owned(),
+        String::clone,
+        |raw| (raw == "postgres").then(|| raw.to_owned()),
+        "Only postgres is supported: set DB_DIALECT=postgres or leave it out",
+    );
+    let url = vars.secret("DATABASE_URL");
+    // Where a URL wins, the parts may be missing, but a wrong one is still worth knowing of.
+    let required = |vars: &mut Vars, name, example| {
+        let value = vars.optional(name);
+        if value.is_none() && url.is_none() {
+            vars.reject(
+                name,
+                "is not set",
+                format!(
+                    "Set it, for example {name}={example}, or \
+                     DATABASE_URL=postgres://user:password@host:5432/database instead of all DB_*"
+                ),
+            );
+        }
+        value.unwrap_or_default()
+    };
+    let database = required(vars, "DB_DATABASE", "auth");
+    let username = required(vars, "DB_USERNAME", "auth");
+    let host = vars.text("DB_HOST", "localhost");
+    let port = vars.number("DB_PORT", 5432, 1..=u16::MAX);
+    let password = vars.secret("DB_PASSWORD");
+    if vars.errors.len() > errors {
+        return None;
+    }
+    let Some(url) = url else {
+        let options = PgConnectOptions::new_without_pgpass();
+        let options = if host.starts_with('/') { options.socket(&host) } else { options.host(&host) };
+        let options = options.port(port).database(&database).username(&username);
+        return Some(match password {
+            Some(password) => options.password(password.expose_secret()),
+            None => options,
+        });
+    };
+    let url = url.expose_secret().trim();
+    let scheme = ["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme));
+    match PgConnectOptions::from_str(url) {
+        Ok(options) if scheme && options.get_database().is_some() => Some(options),
+        // The parser's own words could repeat a part of the password.
+        _ => {
+            vars.reject(
+                "DATABASE_URL",
+                "is not a PostgreSQL URL with a database name",
+                "Write postgres://user:password@host:5432/database, \
+                 with @ : / ? # % in the password percent-encoded (@ is %40)",
+            );
+            None
+        }
+    }
+}

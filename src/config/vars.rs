@@ -1,0 +1,264 @@
+//! Reading variables: each method takes one, remembers what was wrong with it, and goes on with
+//! the default, so that one run finds every error.
+
+use std::collections::HashMap;
+use std::fmt::Display;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use secrecy::SecretString;
+
+use super::{ConfigError, Profile};
+
+pub(super) struct Vars {
+    pub(super) profile: Profile,
+    pub(super) errors: Vec<ConfigError>,
+    pub(super) warnings: Vec<String>,
+    pub(super) settings: Vec<Setting>,
+    values: HashMap<String, String>,
+}
+
+/// One line of the summary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Setting {
+    pub(super) name: &'static str,
+    pub(super) value: String,
+    pub(super) is_default: bool,
+}
+
+impl Vars {
+    pub(super) fn new(vars: impl IntoIterator<Item = (String, String)>, profile: Profile) -> Self {
+        let values = vars.into_iter().filter(|(_, value)| !value.trim().is_empty()).collect();
+        Self { profile, errors: Vec::new(), warnings: Vec::new(), settings: Vec::new(), values }
+    }
+
+    pub(super) fn is_set(&self, name: &str) -> bool {
+        self.values.contains_key(name)
+    }
+
+    pub(super) fn reject(&mut self, variable: &str, problem: impl Into<String>, way_out: impl Into<String>) {
+        self.errors.push(ConfigError {
+            variable: variable.to_owned(),
+            problem: problem.into(),
+            way_out: way_out.into(),
+        });
+    }
+
+    pub(super) fn warn(&mut self, warning: impl Into<String>) {
+        self.warnings.push(warning.into());
+    }
+
+    /// Parses a variable with `parse`, whose error says what it is not, as in "a port number".
+    pub(super) fn parse<T>(
+        &mut self,
+        name: &'static str,
+        default: T,
+        show: impl Fn(&T) -> String,
+        parse: impl Fn(&str) -> Option<T>,
+        way_out: impl Into<String>,
+    ) -> T {
+        let Some(raw) = self.values.get(name).map(|raw| raw.trim().to_owned()) else {
+            self.note(name, show(&default), true);
+            return default;
+        };
+        match parse(&raw) {
+            Some(value) => {
+                self.note(name, show(&value), false);
+                value
+            }
+            None => {
+                self.reject(name, format!("can't be {}", quoted(&raw)), way_out);
+                default
+            }
+        }
+    }
+
+    pub(super) fn optional(&mut self, name: &'static str) -> Option<String> {
+        let show = |value: &Option<String>| value.clone().unwrap_or_default();
+        self.parse(name, None, show, |raw| Some(Some(raw.to_owned())), "")
+    }
+
+    pub(super) fn text(&mut self, name: &'static str, default: &str) -> String {
+        self.parse(name, default.to_owned(), String::clone, |raw| Some(raw.to_owned()), "")
+    }
+
+    pub(super) fn number<T>(&mut self, name: &'static str, default: T, range: RangeInclusive<T>) -> T
+    where
+        T: FromStr + PartialOrd + Display,
+    {
+        let way_out =
+            format!("Give a whole number from {} to {}, for example {name}={default}", range.start(), range.end());
+        self.parse(name, default, T::to_string, |raw| raw.parse().ok().filter(|n| range.contains(n)), way_out)
+    }
+
+    /// A bare number means seconds.
+    pub(super) fn duration(
+        &mut self,
+        name: &'static str,
+        default: Duration,
+        range: RangeInclusive<Duration>,
+    ) -> Duration {
+        let show = |value: &Duration| humantime::format_duration(*value).to_string();
+        let way_out = format!(
+            "Give a time from {} to {}, as seconds or like 90s, 15m, 2h, 7d; for example {name}={}",
+            show(range.start()),
+            show(range.end()),
+            show(&default),
+        );
+        let parse = |raw: &str| {
+            let value = match raw.parse() {
+                Ok(seconds) => Duration::from_secs(seconds),
+                Err(_) => humantime::parse_duration(raw).ok()?,
+            };
+            range.contains(&value).then_some(value)
+        };
+        self.parse(name, default, show, parse, way_out)
+    }
+
+    pub(super) fn flag(&mut self, name: &'static str, default: bool) -> bool {
+        let parse = |raw: &str| match raw.to_ascii_lowercase().as_str() {
+            "true" | "1" | "yes" | "on" => Some(true),
+            "false" | "0" | "no" | "off" => Some(false),
+            _ => None,
+        };
+        self.parse(name, default, bool::to_string, parse, format!("Give true or false, for example {name}={default}"))
+    }
+
+    /// One of some words, in any case; the first is the default.
+    pub(super) fn choice<T: Copy + PartialEq>(&mut self, name: &'static str, words: &[(&'static str, T)]) -> T {
+        let all: Vec<_> = words.iter().map(|(word, _)| *word).collect();
+        let show = |value: &T| {
+            words.iter().find(|(_, meaning)| meaning == value).map(|(word, _)| (*word).to_owned()).unwrap_or_default()
+        };
+        let parse =
+            |raw: &str| words.iter().find(|(word, _)| word.eq_ignore_ascii_case(raw)).map(|(_, meaning)| *meaning);
+        self.parse(name, words[0].1, show, parse, format!("Give one of: {}", all.join(", ")))
+    }
+
+    pub(super) fn host(&mut self, name: &'static str, default: Ipv4Addr) -> IpAddr {
+        let parse = |raw: &str| match raw {
+            "localhost" => Some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            _ => raw.trim_matches(['[', ']']).parse().ok(),
+        };
+        self.parse(
+            name,
+            default.into(),
+            IpAddr::to_string,
+            parse,
+            "Give the IP address to listen on: 0.0.0.0 for every interface, 127.0.0.1 for this machine only",
+        )
+    }
+
+    pub(super) fn port(&mut self, name: &'static str, default: u16) -> u16 {
+        self.parse(
+            name,
+            default,
+            u16::to_string,
+            |raw| raw.parse().ok(),
+            format!("Give a port from 1 to 65535, for example {name}={default}, or 0 for any free one"),
+        )
+    }
+
+    /// Where to listen; `None` when one of the two variables was refused.
+    pub(super) fn listen(
+        &mut self,
+        (host, default_host): (&'static str, Ipv4Addr),
+        (port, default_port): (&'static str, u16),
+    ) -> Option<SocketAddr> {
+        let errors = self.errors.len();
+        let listen = SocketAddr::new(self.host(host, default_host), self.port(port, default_port));
+        (self.errors.len() == errors).then_some(listen)
+    }
+
+    /// A secret from the variable itself or from the file that `<name>_FILE` names.
+    pub(super) fn secret(&mut self, name: &'static str) -> Option<SecretString> {
+        self.from_env_or_file(name, Shown::Hidden).map(SecretString::from)
+    }
+
+    /// As [`Vars::secret`], for what is no secret but lies beside one.
+    pub(super) fn text_or_file(&mut self, name: &'static str) -> Option<String> {
+        self.from_env_or_file(name, Shown::Origin)
+    }
+
+    fn from_env_or_file(&mut self, name: &'static str, shown: Shown) -> Option<String> {
+        let file_name = format!("{name}_FILE");
+        let path = self.values.get(&file_name).map(|path| path.trim().to_owned());
+        let value = match (self.values.get(name).cloned(), path) {
+            (Some(_), Some(_)) => {
+                self.reject(name, format!("and {file_name} are both set"), "Keep one of them");
+                return None;
+            }
+            (Some(value), None) => {
+                self.note(name, shown.value(""), false);
+                value
+            }
+            (None, Some(path)) => {
+                self.note(name, shown.value(&path), false);
+                self.read_file(&file_name, &path, matches!(shown, Shown::Hidden))?
+            }
+            (None, None) => {
+                self.note(name, String::new(), true);
+                return None;
+            }
+        };
+        Some(value.trim_end_matches(['\r', '\n']).to_owned())
+    }
+
+    /// The file a variable names. A secret one must not be readable by every user of the machine.
+    pub(super) fn read_file(&mut self, variable: &str, path: &str, secret: bool) -> Option<String> {
+        let way_out = "Give the path of a text file this process may read";
+        let content = match std::fs::read_to_string(path) {
+            Ok(content) => content,
+            Err(error) => {
+                self.reject(variable, format!("names {path}, which can't be read: {error}"), way_out);
+                return None;
+            }
+        };
+        if secret && std::fs::metadata(path).is_ok_and(|meta| meta.mode() & 0o004 != 0) {
+            self.reject(
+                variable,
+                format!("names {path}, which every user of this machine may read"),
+                "Take that away: chmod o-r (in Kubernetes: defaultMode 0440 and fsGroup)",
+            );
+            return None;
+        }
+        if content.trim().is_empty() {
+            self.reject(variable, format!("names {path}, which is empty"), way_out);
+            return None;
+        }
+        Some(content)
+    }
+
+    fn note(&mut self, name: &'static str, value: String, is_default: bool) {
+        self.settings.push(Setting { name, value, is_default });
+    }
+}
+
+/// How much of a value from the environment or a file the summary shows.
+enum Shown {
+    Hidden,
+    Origin,
+}
+
+impl Shown {
+    fn value(&self, path: &str) -> String {
+        match (self, path) {
+            (Self::Hidden, "") => "(hidden)".to_owned(),
+            (Self::Hidden, path) => format!("(hidden, from {path})"),
+            (Self::Origin, "") => "(set)".to_owned(),
+            (Self::Origin, path) => format!("(from {path})"),
+        }
+    }
+}
+
+/// A value as it is shown in an error: escaped and not too long.
+pub(super) fn quoted(raw: &str) -> String {
+    let mut short: String = raw.chars().take(60).collect();
+    if short.len() < raw.len() {
+        short.push('…');
+    }
+    format!("{short:?}")
+}

@@ -1,0 +1,77 @@
+//! Whether this instance can serve. Being alive is another question, which no dependency answers.
+
+use std::{
+    fmt,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use tokio::time::timeout;
+
+use crate::{app::App, db, migrations};
+
+/// A probe that waits longer is a probe that fails.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Remembers what need not be asked again.
+#[derive(Debug, Default)]
+pub struct Health {
+    /// A schema that was current stays so: migrations only go forward.
+    schema_is_current: AtomicBool,
+}
+
+/// The answer. Brokers don't count: requests are served without them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readiness {
+    /// Send requests.
+    Ready,
+    /// It is being stopped; send requests elsewhere.
+    Draining,
+    /// The database does not answer.
+    DatabaseAway,
+    /// The database has not been migrated yet.
+    SchemaBehind,
+}
+
+impl Health {
+    /// Looks whether this instance can serve right now.
+    pub async fn check(&self, app: &App) -> Readiness {
+        if app.shutdown.draining.is_cancelled() {
+            return Readiness::Draining;
+        }
+        let known = self.schema_is_current.load(Ordering::Relaxed);
+        let asked = db::on(&app.db, async |conn| {
+            if known {
+                sqlx::query("select 1").execute(conn).await?;
+                return Ok(true);
+            }
+            migrations::is_current(conn).await
+        });
+        match timeout(PATIENCE, asked).await {
+            Ok(Ok(true)) => {
+                self.schema_is_current.store(true, Ordering::Relaxed);
+                Readiness::Ready
+            }
+            Ok(Ok(false)) => Readiness::SchemaBehind,
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "not ready: the database does not answer");
+                Readiness::DatabaseAway
+            }
+            Err(_) => {
+                tracing::warn!("not ready: the database did not answer in time");
+                Readiness::DatabaseAway
+            }
+        }
+    }
+}
+
+impl fmt::Display for Readiness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Readiness::Ready => "ready",
+            Readiness::Draining => "shutting down",
+            Readiness::DatabaseAway => "the database does not answer",
+            Readiness::SchemaBehind => "the database's schema is behind: run `auth-service migrate`",
+        })
+    }
+}

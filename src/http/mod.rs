@@ -1,0 +1,134 @@
+//! REST: the router and what stands around every route.
+//!
+//! From the outside in: request ids and the error's final form ([`context`]), security headers, the
+//! panic catcher, CORS, the body's bounds ([`body`]), the origin policy ([`origin`]), a deadline,
+//! the routes. Every error on the way is an [`error::ApiError`].
+
+mod auth;
+mod body;
+mod context;
+pub mod cookies;
+pub mod error;
+mod extract;
+mod jwks;
+mod origin;
+mod problem;
+
+use std::{any::Any, io, time::Duration};
+
+use axum::{
+    Router,
+    extract::Request,
+    http::{HeaderName, HeaderValue, Method, header},
+    middleware::{Next, from_fn, from_fn_with_state},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use axum_server::Handle;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tower_http::{
+    catch_panic::CatchPanicLayer,
+    cors::{AllowOrigin, CorsLayer},
+    set_header::SetResponseHeaderLayer,
+};
+
+use crate::app::App;
+use error::ApiError;
+
+/// A connection on which no complete request head comes is closed after this.
+const HEAD_DEADLINE: Duration = Duration::from_secs(10);
+/// No request is worked on for longer. Above the sum of what a registration may wait for: the
+/// hash queue, a connection, its statements, its COMMIT and the search for its outcome.
+const WORK_DEADLINE: Duration = Duration::from_secs(40);
+/// Requests under way when a stop begins have this long to finish.
+const FINISH_DEADLINE: Duration = Duration::from_secs(20);
+
+/// All routes, each under `/auth/…` and, for gateways that strip that, under its bare path.
+pub fn router(app: App) -> Router {
+    let resources = auth::router(&app);
+    let mut router = Router::new()
+        .merge(resources.clone())
+        .nest("/auth", resources)
+        .route("/.well-known/jwks.json", get(jwks::jwks))
+        .fallback(async || ApiError::NotFound)
+        .method_not_allowed_fallback(async || ApiError::MethodNotAllowed)
+        .layer(from_fn(deadline))
+        .layer(from_fn_with_state(app.clone(), origin::refuse_foreign))
+        .layer(from_fn_with_state(app.clone(), body::bound));
+    if let Some(cors) = cors(&app.config.http.cors_origins) {
+        router = router.layer(cors);
+    }
+    router = router.layer(CatchPanicLayer::custom(caught));
+    for (name, value) in headers(app.config.http.cookies.secure) {
+        router = router.layer(SetResponseHeaderLayer::if_not_present(name, HeaderValue::from_static(value)));
+    }
+    router.layer(from_fn(context::context)).with_state(app)
+}
+
+/// Serves until `stop`, then finishes what is under way.
+pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> io::Result<()> {
+    let handle = Handle::new();
+    let mut server = axum_server::from_tcp(listener.into_std()?)?
+        .handle(handle.clone())
+        .first_request_timeout(HEAD_DEADLINE)
+        .accept_error_handler(|_, error| tracing::warn!(%error, "a connection could not be accepted"));
+    server.http_builder().http1().header_read_timeout(HEAD_DEADLINE);
+    let stopping = async {
+        stop.cancelled().await;
+        handle.graceful_shutdown(Some(FINISH_DEADLINE));
+        // The server's own future ends when all is finished.
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        served = server.serve(router(app).into_make_service()) => served,
+        () = stopping => Ok(()),
+    }
+}
+
+/// Answers what takes too long. The work is dropped, and with it a transaction that has not begun
+/// to commit.
+async fn deadline(request: Request, next: Next) -> Response {
+    match tokio::time::timeout(WORK_DEADLINE, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => ApiError::Unavailable.into_response(),
+    }
+}
+
+fn caught(panic: Box<dyn Any + Send>) -> Response {
+    let said = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("nothing");
+    tracing::error!(said, "a request handler panicked");
+    ApiError::Internal.into_response()
+}
+
+fn cors(origins: &[String]) -> Option<CorsLayer> {
+    let origins: Vec<HeaderValue> = origins.iter().filter_map(|origin| origin.parse().ok()).collect();
+    let own = ["x-correlation-id", "idempotency-key"].map(HeaderName::from_static);
+    (!origins.is_empty()).then(|| {
+        CorsLayer::new()
+            .allow_origin(AllowOrigin::list(origins))
+            .allow_credentials(true)
+            .allow_methods([Method::GET, Method::POST, Method::PUT, Method::DELETE])
+            .allow_headers([header::CONTENT_TYPE, header::ACCEPT].into_iter().chain(own.clone()).collect::<Vec<_>>())
+            .expose_headers([context::REQUEST_ID, context::CORRELATION_ID, header::RETRY_AFTER])
+            .max_age(Duration::from_secs(600))
+    })
+}
+
+/// On every answer that does not say otherwise itself.
+fn headers(secure: bool) -> impl Iterator<Item = (HeaderName, &'static str)> {
+    let always = [
+        (header::CACHE_CONTROL, "no-store"),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::VARY, "Accept, Origin, Sec-Fetch-Site"),
+    ];
+    let over_tls = secure.then_some((header::STRICT_TRANSPORT_SECURITY, "max-age=31536000"));
+    always.into_iter().chain(over_tls)
+}
+

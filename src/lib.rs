@@ -1,0 +1,22 @@
+//! auth-service: registrations that never get lost or left half-done.
+
+pub mod accounts;
+pub mod admin;
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod crypto;
+pub mod db;
+#[cfg(feature = "dev")]
+pub mod dev;
+pub mod domain;
+pub mod grpc;
+pub mod health;
+pub mod housekeeping;
+pub mod http;
+pub mod migrations;
+pub mod participants;
+pub mod sessions;
+pub mod shutdown;
+pub mod telemetry;
+pub mod user_client;

@@ -1,0 +1,119 @@
+//! Bringing the schema up to date, safely when many replicas start at once.
+
+use std::time::Duration;
+
+use sqlx::{
+    Connection, Executor, PgConnection,
+    migrate::{MigrateError, Migrator},
+    postgres::{PgAdvisoryLock, PgConnectOptions},
+};
+
+/// All migrations, in the binary.
+static MIGRATOR: Migrator = sqlx::migrate!("./migrations");
+
+const LOCK: &str = "auth-service migrations";
+const LOCK_POLL: Duration = Duration::from_millis(200);
+
+/// Why the schema was not brought up to date.
+#[derive(Debug, thiserror::Error)]
+pub enum SchemaError {
+    /// The database could not be reached or refused.
+    #[error("the database: {0}")]
+    Database(#[from] sqlx::Error),
+    /// A migration failed.
+    #[error("{0}")]
+    Migration(#[from] MigrateError),
+    /// Accounts that differ only in case can't both stay.
+    #[error(
+        "nothing was changed: these accounts differ only in the case of their {column}, and from now on it is \
+         one and the same: {}. Rename or delete all but one of each, then migrate again", groups.join("; ")
+    )]
+    CaseDuplicates {
+        /// `username` or `email`.
+        column: &'static str,
+        /// `value: id 1, id 2`
+        groups: Vec<String>,
+    },
+}
+
+/// Migrates. Answers how many migrations were applied.
+///
+/// A connection of its own, dropped on any error: sqlx's migrator leaves its session lock behind
+/// when it fails, and a pooled connection would keep it for ever. The lock is polled for instead of
+/// waited on, because a waiting session holds a snapshot that `create index concurrently` elsewhere
+/// would wait for in turn.
+pub async fn run(options: &PgConnectOptions) -> Result<usize, SchemaError> {
+    let mut conn = PgConnection::connect_with(options).await?;
+    // Adopting a large table may take longer than a request may.
+    conn.execute("set statement_timeout = 0").await?;
+    let lock = PgAdvisoryLock::new(LOCK);
+    loop {
+        use sqlx::Either;
+        match lock.try_acquire(conn).await? {
+            Either::Left(mut guard) => {
+                let applied = apply(guard.as_mut()).await;
+                let conn = guard.release_now().await?;
+                conn.close().await?;
+                return applied;
+            }
+            Either::Right(unlocked) => conn = unlocked,
+        }
+        tokio::time::sleep(LOCK_POLL).await;
+    }
+}
+
+async fn apply(conn: &mut PgConnection) -> Result<usize, SchemaError> {
+    refuse_case_duplicates(conn).await?;
+    let before = applied(conn).await?;
+    let mut migrator = Migrator { migrations: MIGRATOR.migrations.clone(), ..Migrator::DEFAULT };
+    // An older binary must be able to start beside a newer schema: deploys roll.
+    migrator.set_ignore_missing(true).set_locking(false);
+    migrator.run_direct(None, conn, false).await?;
+    Ok(applied(conn).await? - before)
+}
+
+/// Whether every migration of this binary is applied.
+pub async fn is_current(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    Ok(applied(conn).await? >= MIGRATOR.iter().count())
+}
+
+async fn applied(conn: &mut PgConnection) -> Result<usize, sqlx::Error> {
+    let known: bool =
+        sqlx::query_scalar("select to_regclass('_sqlx_migrations') is not null").fetch_one(&mut *conn).await?;
+    if !known {
+        return Ok(0);
+    }
+    let versions: Vec<i64> = MIGRATOR.iter().map(|migration| migration.version).collect();
+    let count: i64 =
+        sqlx::query_scalar("select count(*) from _sqlx_migrations where success and version = any($1)")
+            .bind(versions)
+            .fetch_one(conn)
+            .await?;
+    Ok(count as usize)
+}
+
+/// Looks at a table that the replaced service left behind, before anything is touched.
+async fn refuse_case_duplicates(conn: &mut PgConnection) -> Result<(), SchemaError> {
+    let to_adopt: bool = sqlx::query_scalar(
+        "select to_regclass('auth_users') is not null
+            and not exists (select from information_schema.columns
+                             where table_schema = current_schema()
+                               and table_name = 'auth_users' and column_name = 'email_canonical')",
+    )
+    .fetch_one(&mut *conn)
+    .await?;
+    if !to_adopt {
+        return Ok(());
+    }
+    const SAME_EMAIL: &str = "select lower(btrim(email)) || ': ' || string_agg('id ' || id, ', ' order by id)
+                                from auth_users group by lower(btrim(email)) having count(*) > 1 order by 1";
+    const SAME_USERNAME: &str = "select lower(btrim(username)) || ': ' || string_agg('id ' || id, ', ' order by id)
+                                   from auth_users group by lower(btrim(username)) having count(*) > 1 order by 1";
+    for (column, query) in [("email", SAME_EMAIL), ("username", SAME_USERNAME)] {
+        let groups: Vec<String> = sqlx::query_scalar(query).fetch_all(&mut *conn).await?;
+        if !groups.is_empty() {
+            return Err(SchemaError::CaseDuplicates { column, groups });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,285 @@
+//! The relay by itself: rows in, messages out.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use outbox_relay::{KafkaSettings, NewMessage, Relay, RelaySettings, Replayed, Wake, admin, append, replay};
+use sqlx::{PgPool, postgres::PgPoolOptions};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::support::{eventually, kafka, parts::PARTS};
+
+struct Outbox {
+    pool: PgPool,
+    topic: String,
+}
+
+struct RunningRelay {
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Outbox {
+    async fn new() -> Self {
+        let outbox = Self::without_topic().await;
+        PARTS.create_topics(std::slice::from_ref(&outbox.topic)).await;
+        outbox
+    }
+
+    async fn without_topic() -> Self {
+        let database = PARTS.database().await;
+        let pool = PgPoolOptions::new().max_connections(20).connect_lazy_with(PARTS.connect_options(&database));
+        Self { pool, topic: format!("relay.{}", Uuid::new_v4().simple()) }
+    }
+
+    fn message(&self, key: &str, text: &str) -> NewMessage {
+        NewMessage {
+            id: Uuid::now_v7(),
+            topic: self.topic.clone(),
+            key: key.to_owned(),
+            source: "test".to_owned(),
+            payload: serde_json::json!({ "text": text }).to_string().into_bytes(),
+            content_type: "application/json",
+            headers: BTreeMap::new(),
+            saga_id: None,
+        }
+    }
+
+    async fn append(&self, key: &str, text: &str) -> i64 {
+        let mut tx = self.pool.begin().await.unwrap();
+        let appended = append(&mut tx, &self.message(key, text)).await.unwrap();
+        tx.commit().await.unwrap();
+        appended.row_id
+    }
+
+    fn relay(&self, name: &str) -> RunningRelay {
+        self.relay_with(name, &[])
+    }
+
+    fn relay_with(&self, name: &str, client: &[(&str, &str)]) -> RunningRelay {
+        let options = (*self.pool.connect_options()).clone().options([("plan_cache_mode", "force_custom_plan")]);
+        let pool = PgPoolOptions::new().max_connections(6).connect_lazy_with(options);
+        let settings = RelaySettings {
+            name: name.to_owned(),
+            kafka: KafkaSettings {
+                brokers: PARTS.brokers(),
+                client: client.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+            },
+            lease: Duration::from_secs(2),
+            batch: 200,
+            workers: 2,
+            poll: Duration::from_millis(100),
+        };
+        let stop = CancellationToken::new();
+        let relay = Relay::new(pool, settings, Wake::default());
+        let stopping = stop.clone();
+        let task = tokio::spawn(async move { relay.run(stopping).await.unwrap() });
+        RunningRelay { stop, task }
+    }
+
+    async fn count(&self, query: &'static str) -> i64 {
+        sqlx::query_scalar(query).fetch_one(&self.pool).await.unwrap()
+    }
+
+    async fn until(&self, query: &'static str, expected: i64) {
+        eventually(&format!("{query} = {expected}"), || async {
+            (self.count(query).await == expected).then_some(())
+        })
+        .await;
+    }
+
+    async fn texts_by_key(&self) -> BTreeMap<String, Vec<String>> {
+        let mut texts: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for seen in kafka::read_all(&PARTS.brokers(), std::slice::from_ref(&self.topic)).await {
+            texts.entry(seen.key.clone()).or_default().push(seen.value["text"].as_str().unwrap_or("?").to_owned());
+        }
+        texts
+    }
+}
+
+impl RunningRelay {
+    async fn stop(self) {
+        self.stop.cancel();
+        self.task.await.unwrap();
+    }
+
+    /// As if the process had been killed: nothing is given back.
+    fn kill(self) {
+        self.task.abort();
+    }
+}
+
+fn numbers(up_to: usize) -> Vec<String> {
+    (0..up_to).map(|n| n.to_string()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_committed_comes_out_once_and_in_order_of_each_key() {
+    let outbox = Outbox::new().await;
+    for n in 0..40 {
+        for key in ["a", "b", "c"] {
+            outbox.append(key, &n.to_string()).await;
+        }
+    }
+    let relay = outbox.relay("one");
+    outbox.until("select count(*) from outbox_archive", 120).await;
+    relay.stop().await;
+    assert_eq!(outbox.count("select count(*) from outbox").await, 0);
+    let texts = outbox.texts_by_key().await;
+    assert_eq!(texts.len(), 3);
+    assert!(texts.values().all(|of_key| *of_key == numbers(40)), "{texts:?}");
+    assert_eq!(outbox.count("select count(*) from outbox_lanes where owner is not null or not clean").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_rolls_back_is_never_sent_and_leaves_no_gap() {
+    let outbox = Outbox::new().await;
+    let mut tx = outbox.pool.begin().await.unwrap();
+    append(&mut tx, &outbox.message("a", "gone")).await.unwrap();
+    tx.rollback().await.unwrap();
+    outbox.append("a", "0").await;
+    let relay = outbox.relay("one");
+    outbox.until("select count(*) from outbox_archive", 1).await;
+    relay.stop().await;
+    assert_eq!(outbox.texts_by_key().await["a"], numbers(1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_that_commits_late_is_not_stepped_over() {
+    let outbox = Outbox::new().await;
+    let relay = outbox.relay("one");
+    let mut early = outbox.pool.begin().await.unwrap();
+    append(&mut early, &outbox.message("a", "0")).await.unwrap();
+    // Higher ids are committed and archived first, and the marks move on.
+    for n in 0..5 {
+        outbox.append("b", &n.to_string()).await;
+    }
+    outbox.until("select count(*) from outbox_archive", 5).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    early.commit().await.unwrap();
+    outbox.until("select count(*) from outbox_archive", 6).await;
+    relay.stop().await;
+    assert_eq!(outbox.texts_by_key().await["a"], numbers(1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_relays_share_the_lanes_and_keep_the_order() {
+    let outbox = Outbox::new().await;
+    let (one, two) = (outbox.relay("one"), outbox.relay("two"));
+    outbox.until("select count(distinct owner) from outbox_lanes", 2).await;
+    outbox.until("select coalesce(max(n) - min(n), 99) from (select count(*) as n from outbox_lanes where owner is not null group by owner having count(*) < 64) c", 0).await;
+    for n in 0..30 {
+        for key in ["a", "b", "c", "d", "e", "f"] {
+            outbox.append(key, &n.to_string()).await;
+        }
+    }
+    outbox.until("select count(*) from outbox_archive", 180).await;
+    one.stop().await;
+    two.stop().await;
+    let texts = outbox.texts_by_key().await;
+    assert!(texts.values().all(|of_key| *of_key == numbers(30)), "{texts:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_relays_lanes_are_taken_over_and_nothing_is_lost() {
+    let outbox = Outbox::new().await;
+    let doomed = outbox.relay("doomed");
+    outbox.until("select count(*) from outbox_lanes where owner is not null", 64).await;
+    for n in 0..20 {
+        outbox.append("a", &n.to_string()).await;
+    }
+    doomed.kill();
+    let heir = outbox.relay("heir");
+    outbox.until("select count(*) from outbox_archive", 20).await;
+    heir.stop().await;
+    let mut texts = outbox.texts_by_key().await.remove("a").unwrap();
+    texts.dedup();
+    let mut first: Vec<String> = vec![];
+    texts.into_iter().for_each(|text| if !first.contains(&text) { first.push(text) });
+    assert_eq!(first, numbers(20));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_is_too_large_parks_its_key_in_order_and_no_other() {
+    let outbox = Outbox::new().await;
+    outbox.append("a", "0").await;
+    let large = outbox.append("a", &"x".repeat(40_000)).await;
+    outbox.append("a", "2").await;
+    outbox.append("b", "0").await;
+    let relay = outbox.relay_with("one", &[("message.max.bytes", "20000")]);
+    outbox.until("select count(*) from outbox_parked", 2).await;
+    outbox.until("select count(*) from outbox_archive", 2).await;
+    // Appended behind a parked row: it joins the others.
+    outbox.append("a", "3").await;
+    outbox.until("select count(*) from outbox_parked", 3).await;
+    relay.stop().await;
+    let mut conn = outbox.pool.acquire().await.unwrap();
+    let row = admin::show(&mut conn, large).await.unwrap().unwrap();
+    assert_eq!(row.status, "parked");
+    assert!(row.reason.unwrap().to_lowercase().contains("too large"));
+
+    // The operator raises the limit and replays: everything goes out, in order.
+    let mut tx = outbox.pool.begin().await.unwrap();
+    let Replayed::Parked { rows, .. } = replay(&mut tx, large, false).await.unwrap() else { panic!("it was parked") };
+    assert_eq!(rows.len(), 3);
+    tx.commit().await.unwrap();
+    let relay = outbox.relay("two");
+    outbox.until("select count(*) from outbox_archive", 5).await;
+    relay.stop().await;
+    let lengths: Vec<usize> = outbox.texts_by_key().await["a"].iter().map(String::len).collect();
+    assert_eq!(lengths, [1, 40_000, 1, 1]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_topic_stops_that_topic_alone_until_it_is_there() {
+    let outbox = Outbox::without_topic().await;
+    let other = Outbox { pool: outbox.pool.clone(), topic: format!("{}.other", outbox.topic) };
+    PARTS.create_topics(std::slice::from_ref(&other.topic)).await;
+    outbox.append("a", "0").await;
+    let relay = outbox.relay("one");
+    for n in 0..10 {
+        other.append(&format!("k{n}"), "0").await;
+    }
+    outbox.until("select count(*) from outbox_archive", 10).await;
+    assert_eq!(outbox.count("select count(*) from outbox").await, 1);
+    PARTS.create_topics(std::slice::from_ref(&outbox.topic)).await;
+    outbox.until("select count(*) from outbox_archive", 11).await;
+    assert_eq!(outbox.count("select count(*) from outbox_parked").await, 0);
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_published_message_is_sent_again_under_its_old_id_unless_later_ones_exist() {
+    let outbox = Outbox::new().await;
+    let first = outbox.append("a", "0").await;
+    let relay = outbox.relay("one");
+    outbox.until("select count(*) from outbox_archive", 1).await;
+    let mut conn = outbox.pool.acquire().await.unwrap();
+    replay(&mut conn, first, false).await.unwrap();
+    outbox.until("select count(*) from outbox_archive", 2).await;
+    let ids: Vec<String> = kafka::read_all(&PARTS.brokers(), std::slice::from_ref(&outbox.topic))
+        .await
+        .iter()
+        .map(|seen| seen.header("ce_id").to_owned())
+        .collect();
+    assert_eq!(ids[0], ids[1]);
+
+    outbox.append("a", "1").await;
+    let refused = replay(&mut conn, first, false).await.unwrap_err();
+    assert!(refused.to_string().contains("raise the dead"), "{refused}");
+    replay(&mut conn, first, true).await.unwrap();
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gap_in_a_keys_sequence_is_refused_and_visible() {
+    let outbox = Outbox::new().await;
+    let first = outbox.append("a", "0").await;
+    outbox.append("a", "1").await;
+    sqlx::query("delete from outbox where id = $1").bind(first).execute(&outbox.pool).await.unwrap();
+    let relay = outbox.relay("one");
+    outbox.until("select count(*) from outbox_parked where reason like 'sequence gap%'", 1).await;
+    relay.stop().await;
+    assert!(outbox.texts_by_key().await.is_empty());
+}

@@ -1,0 +1,89 @@
+//! The other side of Kafka: reading what the service says, answering as another service would.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use rdkafka::{
+    ClientConfig, Message, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer},
+    message::{Header, Headers, OwnedHeaders},
+    producer::{FutureProducer, FutureRecord},
+};
+use serde_json::Value;
+
+/// A message as it stands in Kafka.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    pub topic: String,
+    pub partition: i32,
+    pub offset: i64,
+    pub key: String,
+    pub headers: BTreeMap<String, String>,
+    pub value: Value,
+}
+
+impl Seen {
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", String::as_str)
+    }
+}
+
+/// Everything that stands in these topics now, topic by topic, in order of partition and offset.
+pub async fn read_all(brokers: &str, topics: &[String]) -> Vec<Seen> {
+    let (brokers, topics) = (brokers.to_owned(), topics.to_owned());
+    tokio::task::spawn_blocking(move || read_blocking(&brokers, &topics)).await.expect("the reader")
+}
+
+fn read_blocking(brokers: &str, topics: &[String]) -> Vec<Seen> {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", brokers)
+        .set("group.id", "reader")
+        .set("enable.auto.commit", "false")
+        .create()
+        .expect("a consumer");
+    let wait = Duration::from_secs(10);
+    let mut list = TopicPartitionList::new();
+    let mut left = 0;
+    for topic in topics {
+        let metadata = consumer.fetch_metadata(Some(topic), wait).expect("metadata");
+        for partition in metadata.topics()[0].partitions() {
+            let (low, high) = consumer.fetch_watermarks(topic, partition.id(), wait).expect("watermarks");
+            list.add_partition_offset(topic, partition.id(), Offset::Beginning).expect("an offset");
+            left += high - low;
+        }
+    }
+    consumer.assign(&list).expect("an assignment");
+    let mut seen = vec![];
+    while left > 0 {
+        let Some(message) = consumer.poll(wait) else { panic!("{left} messages can't be read") };
+        seen.push(to_seen(&message.expect("a message")));
+        left -= 1;
+    }
+    seen.sort_by(|a, b| (&a.topic, a.partition, a.offset).cmp(&(&b.topic, b.partition, b.offset)));
+    seen
+}
+
+fn to_seen<M: Message>(message: &M) -> Seen {
+    let text = |bytes: Option<&[u8]>| String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned();
+    Seen {
+        topic: message.topic().to_owned(),
+        partition: message.partition(),
+        offset: message.offset(),
+        key: text(message.key()),
+        headers: message
+            .headers()
+            .map(|headers| headers.iter().map(|h| (h.key.to_owned(), text(h.value))).collect())
+            .unwrap_or_default(),
+        value: serde_json::from_slice(message.payload().unwrap_or_default()).unwrap_or(Value::Null),
+    }
+}
+
+/// Sends one message as another service would.
+pub async fn send(brokers: &str, topic: &str, key: &str, headers: &[(&str, &str)], payload: &[u8]) {
+    let producer: FutureProducer =
+        ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a producer");
+    let headers = headers.iter().fold(OwnedHeaders::new(), |headers, (key, value)| {
+        headers.insert(Header { key, value: Some(value) })
+    });
+    let record = FutureRecord::to(topic).key(key).payload(payload).headers(headers);
+    producer.send(record, Duration::from_secs(10)).await.expect("the message is sent");
+}
