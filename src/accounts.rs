@@ -134,10 +134,10 @@ pub enum LoginError {
 pub async fn register(app: &App, new: NewAccount, context: &RequestContext) -> Result<Registered, RegisterError> {
     let valid = Valid::check(new, app.config.passwords.min_length)?;
     let keyed = context.idempotency_key.as_deref().map(|key| valid.saga_id(key));
-    if let Some(saga_id) = keyed {
-        if let Some(again) = repeat(app, &valid, saga_id, context).await? {
-            return Ok(again);
-        }
+    if let Some(saga_id) = keyed
+        && let Some(again) = repeat(app, &valid, saga_id, context).await?
+    {
+        return Ok(again);
     }
     let password_hash = app.hasher.hash(&valid.password).await?;
     let saga_id = keyed.unwrap_or_else(Uuid::now_v7);

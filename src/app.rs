@@ -21,7 +21,7 @@ use tokio_util::task::TaskTracker;
 use crate::{
     admin,
     config::Config,
-    crypto::{hasher::Hasher, signer::TokenSigner},
+    crypto::{Hasher, TokenSigner},
     grpc,
     health::Health,
     housekeeping, http, migrations,

@@ -140,7 +140,7 @@ async fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Serve { roles } => serve(roles).await,
         Command::Migrate => migrate().await,
         Command::Keys(Keys::Generate { out, bits }) => {
-            let files = crypto::generate::write_key_files(&out, bits)?;
+            let files = crypto::write_key_files(&out, bits)?;
             println!("{}", files.env_lines());
             Ok(ExitCode::SUCCESS)
         }

@@ -107,15 +107,25 @@ impl Config {
         let relay = RelayConfig::read(&mut vars);
         let sagas = SagaConfig::read(&mut vars);
         let retention = RetentionConfig::read(&mut vars);
-        let shutdown_drain =
-            vars.duration("SHUTDOWN_DRAIN", Duration::from_secs(5), Duration::ZERO..=Duration::from_secs(300));
-        let log_format = vars.choice("LOG_FORMAT", &[("text", LogFormat::Text), ("json", LogFormat::Json)]);
+        let shutdown_drain = vars.duration(
+            "SHUTDOWN_DRAIN",
+            Duration::from_secs(5),
+            Duration::ZERO..=Duration::from_secs(300),
+        );
+        let log_format = vars.choice(
+            "LOG_FORMAT",
+            &[("text", LogFormat::Text), ("json", LogFormat::Json)],
+        );
         let log_filter = vars.text("RUST_LOG", "info,librdkafka=warn");
         let sender = vars.text("KAFKA_EVENT_SOURCE", "auth-service");
         if let (Some(http), Some(grpc), Some(admin)) = (&http, &grpc, &admin) {
             distinct_ports(
                 &mut vars,
-                [("PORT", http.listen), ("GRPC_PORT", grpc.listen), ("ADMIN_PORT", admin.listen)],
+                [
+                    ("PORT", http.listen),
+                    ("GRPC_PORT", grpc.listen),
+                    ("ADMIN_PORT", admin.listen),
+                ],
             );
         }
         match (database, kafka, http, grpc, admin, signer) {
@@ -149,7 +159,12 @@ impl Config {
     /// Every variable with the value in force, one a line, secrets hidden.
     pub fn summary(&self) -> String {
         let mut text = String::new();
-        for Setting { name, value, is_default } in &self.settings {
+        for Setting {
+            name,
+            value,
+            is_default,
+        } in &self.settings
+        {
             let mark = if *is_default { "  # default" } else { "" };
             // Writing to a String can't fail.
             let _ = writeln!(text, "{name}={value}{mark}");
@@ -159,7 +174,9 @@ impl Config {
 }
 
 /// Where the local instance answers REST: all that the health check of a container has to know.
-pub fn http_listen(vars: impl IntoIterator<Item = (String, String)>) -> Result<SocketAddr, ConfigErrors> {
+pub fn http_listen(
+    vars: impl IntoIterator<Item = (String, String)>,
+) -> Result<SocketAddr, ConfigErrors> {
     let mut vars = Vars::new(vars, Profile::Production);
     match http::listen(&mut vars) {
         Some(listen) => Ok(listen),
@@ -168,7 +185,9 @@ pub fn http_listen(vars: impl IntoIterator<Item = (String, String)>) -> Result<S
 }
 
 /// The database alone: all that `migrate` and the operators' commands have to know.
-pub fn database(vars: impl IntoIterator<Item = (String, String)>) -> Result<DatabaseConfig, ConfigErrors> {
+pub fn database(
+    vars: impl IntoIterator<Item = (String, String)>,
+) -> Result<DatabaseConfig, ConfigErrors> {
     let mut vars = Vars::new(vars, Profile::Production);
     match DatabaseConfig::read(&mut vars) {
         Some(database) if vars.errors.is_empty() => Ok(database),
@@ -179,7 +198,9 @@ pub fn database(vars: impl IntoIterator<Item = (String, String)>) -> Result<Data
 fn distinct_ports(vars: &mut Vars, listeners: [(&'static str, SocketAddr); 3]) {
     for (i, (name, listen)) in listeners.iter().enumerate() {
         for (earlier, other) in &listeners[..i] {
-            let same_host = listen.ip() == other.ip() || listen.ip().is_unspecified() || other.ip().is_unspecified();
+            let same_host = listen.ip() == other.ip()
+                || listen.ip().is_unspecified()
+                || other.ip().is_unspecified();
             if listen.port() != 0 && listen.port() == other.port() && same_host {
                 vars.reject(
                     name,

@@ -8,7 +8,7 @@ use sqlx::PgConnection;
 use crate::{
     accounts,
     config::SilencePolicy,
-    domain::user::UserId,
+    domain::UserId,
     user_client::{Answer, UserServiceClient},
 };
 

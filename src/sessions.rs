@@ -425,3 +425,91 @@ fn refused(error: TokenError) -> SessionError {
         error => SessionError::Signing(error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use chrono::DateTime;
+
+    use super::*;
+
+    const WINDOW: Duration = Duration::from_secs(30);
+
+    /// Refreshed twice, the last time at 100.
+    fn found(status: UserStatus) -> Found {
+        let at = |seconds| DateTime::from_timestamp(1_800_000_000 + seconds, 0).expect("in range");
+        Found {
+            session: Session {
+                id: 1,
+                session_id: Uuid::from_u128(1),
+                user_id: UserId(7),
+                generation: 2,
+                jti: Uuid::from_u128(2),
+                kid: "key".to_owned(),
+                issued_at: at(100),
+                expires_at: at(1000),
+                absolute_expires_at: at(2000),
+                rotated_at: Some(at(100)),
+                revoked_at: None,
+                revoked_reason: None,
+            },
+            user: User {
+                id: UserId(7),
+                username: "anna".to_owned(),
+                email: "anna@example.com".to_owned(),
+                is_verified: false,
+                status,
+                create_saga_id: None,
+                created_at: at(0),
+            },
+            now: at(110),
+        }
+    }
+
+    fn ours(generation: i32, jti: u128) -> Presented {
+        Presented::Ours {
+            session_id: Uuid::from_u128(1),
+            generation,
+            jti: Uuid::from_u128(jti),
+            user_id: "7".to_owned(),
+        }
+    }
+
+    fn legacy(user_id: i32) -> Presented {
+        Presented::Legacy { hash: vec![], user_id: UserId(user_id) }
+    }
+
+    #[test]
+    fn the_current_token_is_replaced_and_the_one_before_it_forgiven() {
+        let found = found(UserStatus::Active);
+        assert_eq!(ours(2, 2).decide(&found, WINDOW), RefreshDecision::Rotate);
+        assert_eq!(ours(1, 9).decide(&found, WINDOW), RefreshDecision::Reissue);
+        assert_eq!(ours(0, 9).decide(&found, WINDOW), RefreshDecision::Reused);
+    }
+
+    #[test]
+    fn a_generation_that_counts_right_but_has_another_id_is_from_a_lost_history() {
+        assert_eq!(ours(2, 9).decide(&found(UserStatus::Active), WINDOW), RefreshDecision::AheadOfRecord);
+    }
+
+    #[test]
+    fn a_user_who_is_leaving_refreshes_nothing_and_a_pending_one_does() {
+        assert_eq!(ours(2, 2).decide(&found(UserStatus::Closing), WINDOW), RefreshDecision::Ended);
+        assert_eq!(ours(2, 2).decide(&found(UserStatus::Pending), WINDOW), RefreshDecision::Rotate);
+    }
+
+    #[test]
+    fn an_adopted_token_is_good_until_its_own_expiry_and_then_a_generation_like_any_other() {
+        let mut found = found(UserStatus::Active);
+        (found.session.generation, found.session.rotated_at) = (0, None);
+        // The dates the row was adopted with say nothing about the token.
+        found.session.expires_at = found.session.issued_at;
+        assert_eq!(legacy(7).decide(&found, WINDOW), RefreshDecision::Rotate);
+        assert_eq!(legacy(8).decide(&found, WINDOW), RefreshDecision::Ended);
+
+        let mut exchanged = self::found(UserStatus::Active);
+        exchanged.session.generation = 1;
+        assert_eq!(legacy(7).decide(&exchanged, WINDOW), RefreshDecision::Reissue);
+        exchanged.now += WINDOW;
+        assert_eq!(legacy(7).decide(&exchanged, WINDOW), RefreshDecision::Reused);
+    }
+}

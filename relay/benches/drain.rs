@@ -328,6 +328,7 @@ fn read_latencies(brokers: &str, topic: &str, total: usize) -> Result<Vec<f64>> 
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .set("group.id", "bench")
+        .set("enable.auto.commit", "false")
         .set("fetch.wait.max.ms", "5")
         .create()?;
     let mut all = TopicPartitionList::new();
@@ -337,7 +338,9 @@ fn read_latencies(brokers: &str, topic: &str, total: usize) -> Result<Vec<f64>> 
     consumer.assign(&all)?;
     let mut latencies = Vec::with_capacity(total);
     while latencies.len() < total {
-        let Some(message) = consumer.poll(Duration::from_secs(10)) else { return Err("messages are missing".into()) };
+        let Some(message) = consumer.poll(Duration::from_secs(10)) else { 
+            return Err(format!("only {} of {total} messages came", latencies.len()).into());
+        };
         let now = chrono::Utc::now().timestamp_micros();
         let sent: i64 = std::str::from_utf8(message?.payload().unwrap_or_default())?.trim().parse()?;
         latencies.push((now - sent) as f64 / 1000.0);

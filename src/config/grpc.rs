@@ -3,7 +3,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use secrecy::SecretString;
 
 use super::admin::{entries, named_hash};
-use super::vars::{Vars, quoted};
+use super::vars::{Nature, Vars, quoted};
 
 /// The gRPC listener.
 #[derive(Debug, Clone)]
@@ -51,7 +51,11 @@ impl GrpcConfig {
         // The original's variable names the address its gateway dials: the port is ours to serve.
         let dialled = dialled(vars);
         let default_port = dialled.as_ref().map_or(50051, |(_, port)| *port);
-        let default_host = if guarded { Ipv4Addr::UNSPECIFIED } else { Ipv4Addr::LOCALHOST };
+        let default_host = if guarded {
+            Ipv4Addr::UNSPECIFIED
+        } else {
+            Ipv4Addr::LOCALHOST
+        };
         let host_chosen = vars.is_set("GRPC_HOST");
         let listen = vars.listen(("GRPC_HOST", default_host), ("GRPC_PORT", default_port))?;
 
@@ -63,26 +67,31 @@ impl GrpcConfig {
                  or GRPC_HOST=127.0.0.1",
             );
         }
-        if !guarded && !host_chosen {
-            if let Some((host, _)) = dialled.filter(|(host, _)| !is_local(host)) {
-                vars.warn(format!(
-                    "gRPC listens on 127.0.0.1 only, so a gateway elsewhere can't reach it at {host}: \
-                     set GRPC_TLS_CERT and GRPC_TLS_KEY, or GRPC_INSECURE=true if the network is yours."
-                ));
-            }
+        let unreached = dialled.filter(|(host, _)| !guarded && !host_chosen && !is_local(host));
+        if let Some((host, _)) = unreached {
+            vars.warn(format!(
+                "gRPC listens on 127.0.0.1 only, so a gateway elsewhere can't reach it at {host}: \
+                 set GRPC_TLS_CERT and GRPC_TLS_KEY, or GRPC_INSECURE=true if the network is yours."
+            ));
         }
         if insecure && tls.is_none() {
             vars.warn("GRPC_INSECURE=true: tokens cross the network between us and the gateway in plaintext.");
         }
-        Some(Self { listen, tls, caller_tokens, insecure, legacy_token_rpc })
+        Some(Self {
+            listen,
+            tls,
+            caller_tokens,
+            insecure,
+            legacy_token_rpc,
+        })
     }
 }
 
 impl GrpcTls {
     fn read(vars: &mut Vars) -> Option<Self> {
-        let mut file = |name: &'static str, secret, labels: &[&str]| {
+        let mut file = |name: &'static str, nature, labels: &[&str]| {
             let path = vars.optional(name)?;
-            let text = vars.read_file(name, &path, secret)?;
+            let text = vars.read_file(name, &path, nature)?;
             let found = pem::parse_many(&text).unwrap_or_default();
             if !found.iter().any(|block| labels.contains(&block.tag())) {
                 vars.reject(
@@ -93,9 +102,13 @@ impl GrpcTls {
             }
             Some(text)
         };
-        let certificate = file("GRPC_TLS_CERT", false, &["CERTIFICATE"]);
-        let key = file("GRPC_TLS_KEY", true, &["PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY"]);
-        let client_ca = file("GRPC_TLS_CLIENT_CA", false, &["CERTIFICATE"]);
+        let certificate = file("GRPC_TLS_CERT", Nature::Public, &["CERTIFICATE"]);
+        let key = file(
+            "GRPC_TLS_KEY",
+            Nature::PrivateKey,
+            &["PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY"],
+        );
+        let client_ca = file("GRPC_TLS_CLIENT_CA", Nature::Public, &["CERTIFICATE"]);
 
         let (has_cert, has_key) = (vars.is_set("GRPC_TLS_CERT"), vars.is_set("GRPC_TLS_KEY"));
         let any = has_cert || has_key || vars.is_set("GRPC_TLS_CLIENT_CA");
@@ -108,14 +121,23 @@ impl GrpcTls {
                 );
             }
         }
-        Some(Self { certificate: certificate?, key: key?.into(), client_ca })
+        Some(Self {
+            certificate: certificate?,
+            key: key?.into(),
+            client_ca,
+        })
     }
 }
 
 fn dialled(vars: &mut Vars) -> Option<(String, u16)> {
     let raw = vars.optional("AUTH_SERVICE_GRPC_URL")?;
-    let address = raw.split_once("://").map_or(raw.as_str(), |(_, rest)| rest).trim_matches('/');
-    let parsed = address.rsplit_once(':').and_then(|(host, port)| Some((host.to_owned(), port.parse().ok()?)));
+    let address = raw
+        .split_once("://")
+        .map_or(raw.as_str(), |(_, rest)| rest)
+        .trim_matches('/');
+    let parsed = address
+        .rsplit_once(':')
+        .and_then(|(host, port)| Some((host.to_owned(), port.parse().ok()?)));
     if parsed.is_none() {
         vars.reject(
             "AUTH_SERVICE_GRPC_URL",
@@ -134,7 +156,9 @@ fn caller_tokens(vars: &mut Vars) -> Vec<CallerToken> {
     let raw = vars.secret("GRPC_CALLER_TOKENS");
     let mut tokens: Vec<CallerToken> = Vec::new();
     for (i, entry) in entries(raw.as_ref(), 1).into_iter().enumerate() {
-        let token = entry.split_once(':').and_then(|(name, hash)| named_hash(name, hash));
+        let token = entry
+            .split_once(':')
+            .and_then(|(name, hash)| named_hash(name, hash));
         match token {
             Some((name, sha256)) if tokens.iter().all(|token| token.name != name) => {
                 tokens.push(CallerToken { name, sha256 });

@@ -2,8 +2,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use axum::http::Uri;
 
-use super::vars::{Vars, quoted};
 use super::Profile;
+use super::vars::{Vars, quoted};
 
 /// The largest body a request may have; every body we know is far below it.
 const BODY_LIMIT: usize = 16 * 1024;
@@ -38,7 +38,13 @@ impl HttpConfig {
         let cookies = CookiePolicy::read(vars);
         let cors_origins = origins(vars);
         let rest_refresh = vars.flag("REST_REFRESH_ENABLED", false);
-        Some(Self { listen: listen?, cookies, cors_origins, body_limit: BODY_LIMIT, rest_refresh })
+        Some(Self {
+            listen: listen?,
+            cookies,
+            cors_origins,
+            body_limit: BODY_LIMIT,
+            rest_refresh,
+        })
     }
 }
 
@@ -56,7 +62,10 @@ impl CookiePolicy {
         if !secure && vars.profile == Profile::Production {
             vars.warn("COOKIE_SECURE=false: browsers will send the tokens over plain HTTP too.");
         }
-        Self { secure, host_prefix }
+        Self {
+            secure,
+            host_prefix,
+        }
     }
 }
 
@@ -67,7 +76,11 @@ pub(super) fn listen(vars: &mut Vars) -> Option<SocketAddr> {
 fn origins(vars: &mut Vars) -> Vec<String> {
     let raw = vars.optional("CORS_ORIGINS").unwrap_or_default();
     let mut origins = Vec::new();
-    for entry in raw.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
+    for entry in raw
+        .split(',')
+        .map(str::trim)
+        .filter(|entry| !entry.is_empty())
+    {
         match origin(entry) {
             Some(origin) => origins.push(origin),
             None => vars.reject(
@@ -84,8 +97,12 @@ fn origins(vars: &mut Vars) -> Vec<String> {
 /// As a browser writes it: no path, no slash at the end, lower case.
 fn origin(entry: &str) -> Option<String> {
     let uri: Uri = entry.parse().ok()?;
-    let scheme = uri.scheme_str().filter(|scheme| matches!(*scheme, "http" | "https"))?;
-    let authority = uri.authority().filter(|authority| !authority.as_str().contains(['@', '*']))?;
+    let scheme = uri
+        .scheme_str()
+        .filter(|scheme| matches!(*scheme, "http" | "https"))?;
+    let authority = uri
+        .authority()
+        .filter(|authority| !authority.as_str().contains(['@', '*']))?;
     let bare = uri.path() == "/" && uri.query().is_none();
     bare.then(|| format!("{scheme}://{}", authority.as_str().to_ascii_lowercase()))
 }

@@ -31,15 +31,29 @@ pub(super) struct Setting {
 
 impl Vars {
     pub(super) fn new(vars: impl IntoIterator<Item = (String, String)>, profile: Profile) -> Self {
-        let values = vars.into_iter().filter(|(_, value)| !value.trim().is_empty()).collect();
-        Self { profile, errors: Vec::new(), warnings: Vec::new(), settings: Vec::new(), values }
+        let values = vars
+            .into_iter()
+            .filter(|(_, value)| !value.trim().is_empty())
+            .collect();
+        Self {
+            profile,
+            errors: Vec::new(),
+            warnings: Vec::new(),
+            settings: Vec::new(),
+            values,
+        }
     }
 
     pub(super) fn is_set(&self, name: &str) -> bool {
         self.values.contains_key(name)
     }
 
-    pub(super) fn reject(&mut self, variable: &str, problem: impl Into<String>, way_out: impl Into<String>) {
+    pub(super) fn reject(
+        &mut self,
+        variable: &str,
+        problem: impl Into<String>,
+        way_out: impl Into<String>,
+    ) {
         self.errors.push(ConfigError {
             variable: variable.to_owned(),
             problem: problem.into(),
@@ -82,16 +96,36 @@ impl Vars {
     }
 
     pub(super) fn text(&mut self, name: &'static str, default: &str) -> String {
-        self.parse(name, default.to_owned(), String::clone, |raw| Some(raw.to_owned()), "")
+        self.parse(
+            name,
+            default.to_owned(),
+            String::clone,
+            |raw| Some(raw.to_owned()),
+            "",
+        )
     }
 
-    pub(super) fn number<T>(&mut self, name: &'static str, default: T, range: RangeInclusive<T>) -> T
+    pub(super) fn number<T>(
+        &mut self,
+        name: &'static str,
+        default: T,
+        range: RangeInclusive<T>,
+    ) -> T
     where
         T: FromStr + PartialOrd + Display,
     {
-        let way_out =
-            format!("Give a whole number from {} to {}, for example {name}={default}", range.start(), range.end());
-        self.parse(name, default, T::to_string, |raw| raw.parse().ok().filter(|n| range.contains(n)), way_out)
+        let way_out = format!(
+            "Give a whole number from {} to {}, for example {name}={default}",
+            range.start(),
+            range.end()
+        );
+        self.parse(
+            name,
+            default,
+            T::to_string,
+            |raw| raw.parse().ok().filter(|n| range.contains(n)),
+            way_out,
+        )
     }
 
     /// A bare number means seconds.
@@ -124,18 +158,42 @@ impl Vars {
             "false" | "0" | "no" | "off" => Some(false),
             _ => None,
         };
-        self.parse(name, default, bool::to_string, parse, format!("Give true or false, for example {name}={default}"))
+        self.parse(
+            name,
+            default,
+            bool::to_string,
+            parse,
+            format!("Give true or false, for example {name}={default}"),
+        )
     }
 
     /// One of some words, in any case; the first is the default.
-    pub(super) fn choice<T: Copy + PartialEq>(&mut self, name: &'static str, words: &[(&'static str, T)]) -> T {
+    pub(super) fn choice<T: Copy + PartialEq>(
+        &mut self,
+        name: &'static str,
+        words: &[(&'static str, T)],
+    ) -> T {
         let all: Vec<_> = words.iter().map(|(word, _)| *word).collect();
         let show = |value: &T| {
-            words.iter().find(|(_, meaning)| meaning == value).map(|(word, _)| (*word).to_owned()).unwrap_or_default()
+            words
+                .iter()
+                .find(|(_, meaning)| meaning == value)
+                .map(|(word, _)| (*word).to_owned())
+                .unwrap_or_default()
         };
-        let parse =
-            |raw: &str| words.iter().find(|(word, _)| word.eq_ignore_ascii_case(raw)).map(|(_, meaning)| *meaning);
-        self.parse(name, words[0].1, show, parse, format!("Give one of: {}", all.join(", ")))
+        let parse = |raw: &str| {
+            words
+                .iter()
+                .find(|(word, _)| word.eq_ignore_ascii_case(raw))
+                .map(|(_, meaning)| *meaning)
+        };
+        self.parse(
+            name,
+            words[0].1,
+            show,
+            parse,
+            format!("Give one of: {}", all.join(", ")),
+        )
     }
 
     pub(super) fn host(&mut self, name: &'static str, default: Ipv4Addr) -> IpAddr {
@@ -158,7 +216,9 @@ impl Vars {
             default,
             u16::to_string,
             |raw| raw.parse().ok(),
-            format!("Give a port from 1 to 65535, for example {name}={default}, or 0 for any free one"),
+            format!(
+                "Give a port from 1 to 65535, for example {name}={default}, or 0 for any free one"
+            ),
         )
     }
 
@@ -175,29 +235,43 @@ impl Vars {
 
     /// A secret from the variable itself or from the file that `<name>_FILE` names.
     pub(super) fn secret(&mut self, name: &'static str) -> Option<SecretString> {
-        self.from_env_or_file(name, Shown::Hidden).map(SecretString::from)
+        self.env_or_file(name, Nature::Secret)
+            .map(SecretString::from)
+    }
+
+    /// As [`Vars::secret`], for a private key.
+    pub(super) fn private_key(&mut self, name: &'static str) -> Option<SecretString> {
+        self.env_or_file(name, Nature::PrivateKey)
+            .map(SecretString::from)
     }
 
     /// As [`Vars::secret`], for what is no secret but lies beside one.
     pub(super) fn text_or_file(&mut self, name: &'static str) -> Option<String> {
-        self.from_env_or_file(name, Shown::Origin)
+        self.env_or_file(name, Nature::Public)
     }
 
-    fn from_env_or_file(&mut self, name: &'static str, shown: Shown) -> Option<String> {
+    fn env_or_file(&mut self, name: &'static str, nature: Nature) -> Option<String> {
         let file_name = format!("{name}_FILE");
-        let path = self.values.get(&file_name).map(|path| path.trim().to_owned());
+        let path = self
+            .values
+            .get(&file_name)
+            .map(|path| path.trim().to_owned());
         let value = match (self.values.get(name).cloned(), path) {
             (Some(_), Some(_)) => {
-                self.reject(name, format!("and {file_name} are both set"), "Keep one of them");
+                self.reject(
+                    name,
+                    format!("and {file_name} are both set"),
+                    "Keep one of them",
+                );
                 return None;
             }
             (Some(value), None) => {
-                self.note(name, shown.value(""), false);
+                self.note(name, nature.shown(""), false);
                 value
             }
             (None, Some(path)) => {
-                self.note(name, shown.value(&path), false);
-                self.read_file(&file_name, &path, matches!(shown, Shown::Hidden))?
+                self.note(name, nature.shown(&path), false);
+                self.read_file(&file_name, &path, nature)?
             }
             (None, None) => {
                 self.note(name, String::new(), true);
@@ -207,23 +281,39 @@ impl Vars {
         Some(value.trim_end_matches(['\r', '\n']).to_owned())
     }
 
-    /// The file a variable names. A secret one must not be readable by every user of the machine.
-    pub(super) fn read_file(&mut self, variable: &str, path: &str, secret: bool) -> Option<String> {
+    /// The file a variable names.
+    pub(super) fn read_file(
+        &mut self,
+        variable: &str,
+        path: &str,
+        nature: Nature,
+    ) -> Option<String> {
         let way_out = "Give the path of a text file this process may read";
         let content = match std::fs::read_to_string(path) {
             Ok(content) => content,
             Err(error) => {
-                self.reject(variable, format!("names {path}, which can't be read: {error}"), way_out);
+                self.reject(
+                    variable,
+                    format!("names {path}, which can't be read: {error}"),
+                    way_out,
+                );
                 return None;
             }
         };
-        if secret && std::fs::metadata(path).is_ok_and(|meta| meta.mode() & 0o004 != 0) {
-            self.reject(
-                variable,
-                format!("names {path}, which every user of this machine may read"),
-                "Take that away: chmod o-r (in Kubernetes: defaultMode 0440 and fsGroup)",
-            );
-            return None;
+        let open = std::fs::metadata(path).is_ok_and(|meta| meta.mode() & 0o004 != 0);
+        let problem = format!("names {path}, which every user of this machine may read");
+        match nature {
+            Nature::PrivateKey if open => {
+                self.reject(
+                    variable,
+                    problem,
+                    "Take that away: chmod o-r (Kubernetes: defaultMode 0440 and fsGroup; \
+                     Docker secrets: mode 0400)",
+                );
+                return None;
+            }
+            Nature::Secret if open => self.warn(format!("{variable} {problem}.")),
+            _ => {}
         }
         if content.trim().is_empty() {
             self.reject(variable, format!("names {path}, which is empty"), way_out);
@@ -233,23 +323,31 @@ impl Vars {
     }
 
     fn note(&mut self, name: &'static str, value: String, is_default: bool) {
-        self.settings.push(Setting { name, value, is_default });
+        self.settings.push(Setting {
+            name,
+            value,
+            is_default,
+        });
     }
 }
 
-/// How much of a value from the environment or a file the summary shows.
-enum Shown {
-    Hidden,
-    Origin,
+/// How closely a value is kept.
+#[derive(Clone, Copy)]
+pub(super) enum Nature {
+    Public,
+    /// Never shown; a file of it that is open to everyone is warned of.
+    Secret,
+    /// Never shown; a file of it that is open to everyone is refused.
+    PrivateKey,
 }
 
-impl Shown {
-    fn value(&self, path: &str) -> String {
+impl Nature {
+    fn shown(self, path: &str) -> String {
         match (self, path) {
-            (Self::Hidden, "") => "(hidden)".to_owned(),
-            (Self::Hidden, path) => format!("(hidden, from {path})"),
-            (Self::Origin, "") => "(set)".to_owned(),
-            (Self::Origin, path) => format!("(from {path})"),
+            (Self::Public, "") => "(set)".to_owned(),
+            (Self::Public, path) => format!("(from {path})"),
+            (_, "") => "(hidden)".to_owned(),
+            (_, path) => format!("(hidden, from {path})"),
         }
     }
 }

@@ -10,6 +10,8 @@ mod signer;
 
 pub use generate::{KeyFiles, PemPair, generate_pair, write_key_files};
 pub use hasher::{HashError, Hasher, HasherSettings, MAX_COST, Verdict};
+#[cfg(test)]
+pub(crate) use keys::tests as test_keys;
 pub use keys::{KeyError, KeyRing, PrivateKeys, PublicKeys};
 pub use signer::{SignedToken, TokenError, TokenSettings, TokenSigner};
 

@@ -79,10 +79,11 @@ fn is_away_code(code: &str) -> bool {
         "53", // out of connections, memory, disk
         "57", // shutting down, starting up, statement cancelled
     ];
-    const CODES: [&str; 4] = [
+    const CODES: [&str; 5] = [
         "25006", // read-only: the server was demoted, or is not promoted yet
         "25P03", // idle in transaction for too long
         "42P01", // no such table: not migrated yet
+        "55000", // the database takes no connections
         "55P03", // lock not available
     ];
     CLASSES.iter().any(|class| code.starts_with(class)) || CODES.contains(&code)

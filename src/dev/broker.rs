@@ -17,7 +17,8 @@ const PARTITIONS: i32 = 4;
 /// There is one broker; -1 means every one.
 const ALL_BROKERS: i32 = -1;
 
-/// A running embedded broker. It ends with this value.
+/// A running embedded broker. It ends with this value; drop consumers first, since closing one
+/// whose broker is gone never ends.
 #[derive(Debug)]
 pub struct EmbeddedBroker {
     bootstrap_servers: String,

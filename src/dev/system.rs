@@ -25,7 +25,7 @@ use crate::{
     admin::auth::AdminSecret,
     app::{self, Role, Running},
     config::{Config, Profile},
-    crypto::generate,
+    crypto::write_key_files,
     migrations,
 };
 
@@ -223,7 +223,7 @@ fn keys(data_dir: &Path, progress: &impl Fn(&str)) -> anyhow::Result<Vec<(&'stat
         progress("signing keys");
         // Left half-made by a start that was interrupted.
         let _ = fs::remove_dir_all(&dir);
-        generate::write_key_files(&dir, 3072)?;
+        write_key_files(&dir, 3072)?;
     }
     let file = |name: &str| dir.join(name).display().to_string();
     Ok(vec![

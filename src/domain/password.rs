@@ -29,12 +29,19 @@ impl Password {
         // Normalising joins a letter and its accent, and takes one ligature apart into many
         // letters: neither may make a password look longer than what was typed.
         if text.chars().count().min(text.nfkc().count()) < min_chars {
-            return Err(refused(format!("must be at least {min_chars} characters long")));
+            return Err(refused(format!(
+                "must be at least {min_chars} characters long"
+            )));
         }
         if let Some((username, email)) = owner {
             let text = folded(text);
-            if [username.canonical(), email.canonical(), email.local_part(), &folded(email.typed())]
-                .contains(&text.as_str())
+            if [
+                username.canonical(),
+                email.canonical(),
+                email.local_part(),
+                &folded(email.typed()),
+            ]
+            .contains(&text.as_str())
             {
                 return Err(refused("must not be the username or the e-mail address"));
             }
@@ -84,7 +91,13 @@ mod tests {
 
     #[test]
     fn there_are_no_rules_of_composition() {
-        for raw in ["aaaaaaaa", "        ", "пароль-пароль", "correct horse battery staple", "a\0bcdefg"] {
+        for raw in [
+            "aaaaaaaa",
+            "        ",
+            "пароль-пароль",
+            "correct horse battery staple",
+            "a\0bcdefg",
+        ] {
             assert!(parse(raw).is_ok(), "{raw:?}");
         }
     }
@@ -100,8 +113,13 @@ mod tests {
     fn the_owners_own_names_are_no_password() {
         let username = Username::parse("anna.berg").expect("valid");
         let email = Email::parse("anna.berg.privat@bücher.example").expect("valid");
-        for raw in ["Anna.Berg", " anna.berg", "ANNA.BERG.PRIVAT", "anna.berg.privat@bücher.example",
-                    "Anna.Berg.Privat@xn--bcher-kva.example"] {
+        for raw in [
+            "Anna.Berg",
+            " anna.berg",
+            "ANNA.BERG.PRIVAT",
+            "anna.berg.privat@bücher.example",
+            "Anna.Berg.Privat@xn--bcher-kva.example",
+        ] {
             let parsed = Password::parse(raw.into(), 8, Some((&username, &email)));
             assert!(parsed.is_err(), "{raw:?} was accepted");
         }

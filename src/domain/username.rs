@@ -26,8 +26,13 @@ impl Username {
                 LENGTH.end()
             )));
         }
-        if !typed.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')) {
-            return Err(refused("may contain only the letters a to z, digits, '.', '_' and '-'"));
+        if !typed
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
+        {
+            return Err(refused(
+                "may contain only the letters a to z, digits, '.', '_' and '-'",
+            ));
         }
         if !typed.starts_with(alphanumeric) || !typed.ends_with(alphanumeric) {
             return Err(refused("must begin and end with a letter or a digit"));
@@ -72,8 +77,22 @@ mod tests {
     #[test]
     fn names_outside_the_profile_are_refused() {
         for raw in [
-            "", "  ", "ab", "a@b.c", "alice@example.com", "al ice", "-alice", "alice.", "_alice",
-            "аlice", "ali\u{200d}ce", "ali\u{202e}ce", "alice\0", "älice", "alice!", "../etc",
+            "",
+            "  ",
+            "ab",
+            "a@b.c",
+            "alice@example.com",
+            "al ice",
+            "-alice",
+            "alice.",
+            "_alice",
+            "аlice",
+            "ali\u{200d}ce",
+            "ali\u{202e}ce",
+            "alice\0",
+            "älice",
+            "alice!",
+            "../etc",
         ] {
             assert!(Username::parse(raw).is_err(), "{raw:?} was accepted");
         }
@@ -82,7 +101,11 @@ mod tests {
     #[test]
     fn the_length_is_3_to_32() {
         for (length, accepted) in [(2, false), (3, true), (32, true), (33, false)] {
-            assert_eq!(Username::parse(&"a".repeat(length)).is_ok(), accepted, "{length}");
+            assert_eq!(
+                Username::parse(&"a".repeat(length)).is_ok(),
+                accepted,
+                "{length}"
+            );
         }
     }
 

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::{
     accounts::{LoginError, RegisterError},
+    db,
     domain::FieldError,
     sessions::{Over, SessionError},
 };
@@ -237,7 +238,11 @@ impl From<SessionError> for ApiError {
 }
 
 fn unavailable(error: &sqlx::Error) -> ApiError {
-    tracing::warn!(%error, "the database does not answer; the client was asked to come again");
+    match db::is_away(error) {
+        true => tracing::warn!(%error, "the database does not answer; the client was asked to come again"),
+        // A bug or a foreign hand, but no reason to sign anybody out.
+        false => tracing::error!(%error, "the database's answer is of no use; the client was asked to come again"),
+    }
     ApiError::Unavailable
 }
 

@@ -22,7 +22,7 @@ const MAX_USER_AGENT: usize = 256;
 
 /// The fields of a JSON object. Those nobody asks for are ignored: clients of the original fleet
 /// send a few more.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Default, PartialEq)]
 pub struct Fields(BTreeMap<String, Value>);
 
 impl Fields {
@@ -60,6 +60,13 @@ impl Fields {
             };
             ApiError::Validation(vec![FieldError::new("body", message)])
         })
+    }
+}
+
+/// The names alone: one of the values is likely to be a password.
+impl fmt::Debug for Fields {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
     }
 }
 

@@ -38,29 +38,32 @@ use error::ApiError;
 
 /// A connection on which no complete request head comes is closed after this.
 const HEAD_DEADLINE: Duration = Duration::from_secs(10);
-/// No request is worked on for longer. Above the sum of what a registration may wait for: the
-/// hash queue, a connection, its statements, its COMMIT and the search for its outcome.
-const WORK_DEADLINE: Duration = Duration::from_secs(40);
+/// What a request may take beside waiting for hashes and connections. Everything in it has a bound
+/// of its own, and this is above their sum: it must never cut a COMMIT short whose outcome could
+/// still be told.
+const WORK_DEADLINE: Duration = Duration::from_secs(45);
 /// Requests under way when a stop begins have this long to finish.
 const FINISH_DEADLINE: Duration = Duration::from_secs(20);
 
 /// All routes, each under `/auth/…` and, for gateways that strip that, under its bare path.
 pub fn router(app: App) -> Router {
     let resources = auth::router(&app);
+    let config = &app.config;
+    let work = WORK_DEADLINE + 3 * config.passwords.hasher.max_wait + 4 * config.database.acquire_timeout;
     let mut router = Router::new()
         .merge(resources.clone())
         .nest("/auth", resources)
         .route("/.well-known/jwks.json", get(jwks::jwks))
         .fallback(async || ApiError::NotFound)
         .method_not_allowed_fallback(async || ApiError::MethodNotAllowed)
-        .layer(from_fn(deadline))
+        .layer(from_fn(move |request, next| deadline(work, request, next)))
         .layer(from_fn_with_state(app.clone(), origin::refuse_foreign))
         .layer(from_fn_with_state(app.clone(), body::bound));
-    if let Some(cors) = cors(&app.config.http.cors_origins) {
+    if let Some(cors) = cors(&config.http.cors_origins) {
         router = router.layer(cors);
     }
     router = router.layer(CatchPanicLayer::custom(caught));
-    for (name, value) in headers(app.config.http.cookies.secure) {
+    for (name, value) in headers(config.http.cookies.secure) {
         router = router.layer(SetResponseHeaderLayer::if_not_present(name, HeaderValue::from_static(value)));
     }
     router.layer(from_fn(context::context)).with_state(app)
@@ -88,8 +91,8 @@ pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> 
 
 /// Answers what takes too long. The work is dropped, and with it a transaction that has not begun
 /// to commit.
-async fn deadline(request: Request, next: Next) -> Response {
-    match tokio::time::timeout(WORK_DEADLINE, next.run(request)).await {
+async fn deadline(work: Duration, request: Request, next: Next) -> Response {
+    match tokio::time::timeout(work, next.run(request)).await {
         Ok(response) => response,
         Err(_) => ApiError::Unavailable.into_response(),
     }
@@ -132,3 +135,31 @@ fn headers(secure: bool) -> impl Iterator<Item = (HeaderName, &'static str)> {
     always.into_iter().chain(over_tls)
 }
 
+#[cfg(test)]
+mod tests {
+    use axum::body::{Body, to_bytes};
+    use tower::ServiceExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_is_answered_in_the_fleets_shape_and_tells_nothing() {
+        let router: Router = Router::new()
+            .route("/", get(async || -> () { panic!("the pepper is salt") }))
+            .layer(CatchPanicLayer::custom(caught))
+            .layer(from_fn(context::context));
+        let response = router.oneshot(Request::new(Body::empty())).await.expect("an answer");
+        assert_eq!(response.status(), 500);
+        assert!(response.headers().contains_key(context::REQUEST_ID));
+        let body = to_bytes(response.into_body(), 4096).await.expect("a body");
+        let body: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
+        assert_eq!(body, ApiError::Internal.body());
+        assert_eq!(body["errorCode"], "INTERNAL_ERROR");
+    }
+
+    #[test]
+    fn tls_is_demanded_only_where_cookies_demand_it_too() {
+        let demanded = |secure| headers(secure).any(|(name, _)| name == header::STRICT_TRANSPORT_SECURITY);
+        assert!(demanded(true) && !demanded(false));
+    }
+}

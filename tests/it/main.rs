@@ -3,6 +3,9 @@
 
 mod support;
 
+mod commit_in_doubt;
+mod http;
 mod registration;
 mod relay;
 mod sagas;
+mod sessions;

@@ -1,9 +1,10 @@
 //! Against the PostgreSQL of this machine. Run as root these also cover the drop of privileges.
 
 use std::{
-    env,
+    env, fs,
     io::{BufRead, BufReader},
     net::TcpStream,
+    os::unix::fs::PermissionsExt,
     process::{Command, Stdio},
     sync::mpsc,
 };
@@ -12,13 +13,14 @@ use super::*;
 
 const QUICK: PostgresOptions = PostgresOptions { durable: false, max_connections: 20, port: 0 };
 
-/// Root's unprivileged user can reach it, unlike a `TMPDIR` inside somebody's home.
-fn folder() -> tempfile::TempDir {
+/// Root's unprivileged user can reach it when it is `OPEN`, unlike a `TMPDIR` in somebody's home.
+fn folder(mode: u32) -> tempfile::TempDir {
     let folder = tempfile::tempdir_in("/var/tmp").expect("a folder");
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).expect("permissions");
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(mode)).expect("permissions");
     folder
 }
+
+const OPEN: u32 = 0o755;
 
 async fn start(dir: &Path) -> PrivateCluster {
     PrivateCluster::start(dir, QUICK).await.expect("a cluster")
@@ -30,7 +32,7 @@ async fn connect(cluster: &PrivateCluster, database: &str) -> PgConnection {
 
 #[tokio::test]
 async fn a_second_start_continues_with_the_data() {
-    let folder = folder();
+    let folder = folder(OPEN);
     let dir = folder.path().join("postgres");
     let cluster = start(&dir).await;
     cluster.create_database("auth").await.expect("created");
@@ -50,7 +52,7 @@ async fn a_second_start_continues_with_the_data() {
 
 #[tokio::test]
 async fn other_users_of_the_machine_need_the_password() {
-    let folder = folder();
+    let folder = folder(OPEN);
     let cluster = start(&folder.path().join("postgres")).await;
     let stranger = cluster.maintenance().password("guess");
     let refused = PgConnection::connect_with(&stranger).await.expect_err("refused");
@@ -60,7 +62,7 @@ async fn other_users_of_the_machine_need_the_password() {
 
 #[tokio::test]
 async fn one_folder_has_one_server() {
-    let folder = folder();
+    let folder = folder(OPEN);
     let dir = folder.path().join("postgres");
     let first = start(&dir).await;
     let second = PrivateCluster::start(&dir, QUICK).await.expect_err("in use");
@@ -71,12 +73,12 @@ async fn one_folder_has_one_server() {
 
 #[tokio::test]
 async fn data_of_another_version_is_named_with_the_way_out() {
-    let folder = folder();
+    let folder = folder(OPEN);
     let dir = folder.path().join("postgres");
     let cluster = start(&dir).await;
     let version = cluster.location().join("data/PG_VERSION");
     cluster.stop().await;
-    std::fs::write(version, "12\n").expect("written");
+    fs::write(version, "12\n").expect("written");
     let error = PrivateCluster::start(&dir, QUICK).await.expect_err("another version");
     assert!(matches!(error, PostgresError::OtherVersion { data: 12, .. }), "{error}");
     assert!(error.to_string().contains("delete that folder to start empty"), "{error}");
@@ -84,7 +86,7 @@ async fn data_of_another_version_is_named_with_the_way_out() {
 
 #[tokio::test]
 async fn a_taken_port_is_named_and_not_waited_for() {
-    let folder = folder();
+    let folder = folder(OPEN);
     let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
     let port = listener.local_addr().expect("an address").port();
     let error = PrivateCluster::start(&folder.path().join("postgres"), PostgresOptions { port, ..QUICK })
@@ -95,15 +97,15 @@ async fn a_taken_port_is_named_and_not_waited_for() {
 
 #[tokio::test]
 async fn a_folder_with_other_things_in_it_is_left_alone() {
-    let folder = folder();
-    std::fs::write(folder.path().join("thesis.txt"), "").expect("written");
+    let folder = folder(OPEN);
+    fs::write(folder.path().join("thesis.txt"), "").expect("written");
     let error = PrivateCluster::start(folder.path(), QUICK).await.expect_err("not ours");
     assert!(matches!(error, PostgresError::Folder { .. }), "{error}");
 }
 
 #[tokio::test]
 async fn only_plain_names_become_databases() {
-    let folder = folder();
+    let folder = folder(OPEN);
     let cluster = start(&folder.path().join("postgres")).await;
     for name in ["", "1a", "a\"; drop database postgres; --", "Auth", "a b"] {
         let error = cluster.create_database(name).await.expect_err("refused");
@@ -117,7 +119,7 @@ async fn where_root_s_server_can_not_reach_the_folder_it_lives_elsewhere() {
     if !nix::unistd::geteuid().is_root() {
         return;
     }
-    let private = tempfile::tempdir_in("/var/tmp").expect("a folder only root can enter");
+    let private = folder(0o700);
     let dir = private.path().join("postgres");
     let cluster = start(&dir).await;
     let location = cluster.location().to_owned();
@@ -126,12 +128,12 @@ async fn where_root_s_server_can_not_reach_the_folder_it_lives_elsewhere() {
     let again = start(&dir).await;
     assert_eq!(again.location(), location, "found again");
     again.stop().await;
-    std::fs::remove_dir_all(location).expect("removed");
+    fs::remove_dir_all(location).expect("removed");
 }
 
 #[tokio::test]
 async fn dropped_the_cluster_ends_and_starts_again_at_once() {
-    let folder = folder();
+    let folder = folder(OPEN);
     let dir = folder.path().join("postgres");
     drop(start(&dir).await);
     // The first server may still be going down here.
@@ -151,7 +153,7 @@ async fn victim_that_holds_a_cluster() {
 
 #[tokio::test]
 async fn killed_with_9_it_leaves_no_server_behind_and_the_next_start_works() {
-    let folder = folder();
+    let folder = folder(OPEN);
     let dir = folder.path().join("postgres");
     let this_module = module_path!().split_once("::").expect("a module of the crate").1;
     let mut victim = Command::new(env::current_exe().expect("this test"))

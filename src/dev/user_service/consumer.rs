@@ -1,6 +1,6 @@
 //! Commands from Kafka, one after the other: decide, answer, and only then let go of the command.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, thread, time::Duration};
 
 use rdkafka::{
     ClientConfig, Message,
@@ -10,7 +10,10 @@ use rdkafka::{
     producer::{FutureProducer, FutureRecord},
 };
 use sqlx::PgPool;
-use tokio::time::{sleep, timeout};
+use tokio::{
+    sync::oneshot,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -86,11 +89,7 @@ impl CommandConsumer {
                 }
             }
         }
-        let consumer = self.consumer;
-        let farewell = tokio::task::spawn_blocking(move || drop(consumer));
-        if timeout(FAREWELL, farewell).await.is_err() {
-            tracing::warn!("user-service: leaving the consumer group took too long");
-        }
+        leave(self.consumer).await;
     }
 
     /// Ends when the command is answered, or can't be understood. Interrupted, the command comes
@@ -140,5 +139,18 @@ impl CommandConsumer {
         self.producer.send(record, RETRY).await.map_err(|(error, _)| error)?;
         tracing::debug!(saga.id = %command.saga_id, user.id = command.user_id, "user-service: {}", answer.topic);
         Ok(())
+    }
+}
+
+/// Closing a consumer whose broker is gone can take for ever. On a thread of its own it holds up
+/// neither us nor the runtime's end.
+async fn leave(consumer: StreamConsumer) {
+    let (left, gone) = oneshot::channel();
+    let leaving = thread::Builder::new().name("leave-group".to_owned()).spawn(move || {
+        drop(consumer);
+        let _ = left.send(());
+    });
+    if leaving.is_err() || timeout(FAREWELL, gone).await.is_err() {
+        tracing::warn!("user-service: the consumer group was not left in good order; its broker may be gone");
     }
 }

@@ -1,11 +1,14 @@
 //! What tests stand on.
 
+pub mod browser;
 pub mod kafka;
+pub mod outage;
 pub mod parts;
 pub mod service;
 
 use std::time::{Duration, Instant};
 
+pub use futures_util::future::join_all;
 pub use service::TestService;
 
 /// Looks again and again until `look` finds something. Fails the test, saying what was awaited, when

@@ -9,7 +9,7 @@ use std::{
 use auth_service::{
     app::{self, Role, Running},
     config::{Config, Profile},
-    crypto::generate::{PemPair, generate_pair},
+    crypto::{PemPair, generate_pair},
     telemetry,
 };
 use metrics_exporter_prometheus::PrometheusHandle;
