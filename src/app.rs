@@ -204,6 +204,9 @@ impl App {
 /// Starts the roles. Ports are bound before anything runs, so that a port that is taken is said at
 /// once; a database that is away is not an error: the process serves when it is back.
 pub async fn start(config: Config, roles: &BTreeSet<Role>, metrics: PrometheusHandle) -> anyhow::Result<Running> {
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
     let app = App::build(config, metrics)?;
     check_schema(&app).await?;
     let bind = async |role: Role, address: SocketAddr, variable: &str| -> anyhow::Result<Option<TcpListener>> {

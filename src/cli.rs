@@ -2,7 +2,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    env, io,
+    env,
+    ffi::OsString,
+    io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     process::ExitCode,
@@ -149,7 +151,9 @@ async fn dispatch(command: Command) -> Result<ExitCode, Failure> {
             Ok(ExitCode::SUCCESS)
         }
         Command::CheckConfig => {
-            print!("{}", configuration()?.summary());
+            let config = configuration()?;
+            print!("{}", config.summary());
+            config.warnings.iter().for_each(|warning| println!("# warning: {warning}"));
             Ok(ExitCode::SUCCESS)
         }
         Command::Healthcheck { url } => healthcheck(url).await,
@@ -174,7 +178,9 @@ fn environment() -> Result<Vec<(String, String)>, Failure> {
         Err(dotenvy::Error::Io(error)) if error.kind() == io::ErrorKind::NotFound => {}
         Err(_) => return Err(anyhow::anyhow!(".env can't be read").into()),
     }
-    vars.extend(env::vars());
+    // A value that is not UTF-8 can't be one of ours.
+    let ours = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+    vars.extend(env::vars_os().filter_map(ours));
     Ok(vars.into_iter().collect())
 }
 

@@ -45,7 +45,7 @@ pub enum SchemaError {
 pub async fn run(options: &PgConnectOptions) -> Result<usize, SchemaError> {
     let mut conn = PgConnection::connect_with(options).await?;
     // Adopting a large table may take longer than a request may.
-    conn.execute("set statement_timeout = 0").await?;
+    conn.execute("set statement_timeout = 0; set lock_timeout = 0; set idle_in_transaction_session_timeout = 0").await?;
     let lock = PgAdvisoryLock::new(LOCK);
     loop {
         use sqlx::Either;

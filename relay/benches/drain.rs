@@ -33,6 +33,7 @@ use uuid::Uuid;
 
 const KEYS: usize = 10_000;
 const PAYLOAD: usize = 1024;
+const WARM_UP_SECONDS: usize = 3;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -191,25 +192,40 @@ impl Bench {
         let total = rate * length.as_secs() as usize;
         let wake = Wake::default();
         let relay = self.relay_woken_by(wake.clone());
+        let committed: Arc<Vec<AtomicU64>> = Arc::new((0..total).map(|_| AtomicU64::new(0)).collect());
+        let began = Instant::now();
         let reader = tokio::task::spawn_blocking({
-            let (brokers, topic) = (self.brokers.clone(), topic.clone());
-            move || read_latencies(&brokers, &topic, total)
+            let (brokers, topic, committed) = (self.brokers.clone(), topic.clone(), committed.clone());
+            move || read_latencies(&brokers, &topic, began, &committed)
         });
+        // As in production, where the relay's pool is its own.
+        let writers = PgPoolOptions::new()
+            .max_connections(10)
+            .connect_with(self.server.clone().database(&self.database))
+            .await?;
+        while sqlx::query_scalar::<_, bool>("select exists (select from outbox_lanes where owner is null)")
+            .fetch_one(&self.pool)
+            .await?
+        {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         let mut tick = tokio::time::interval(Duration::from_secs_f64(1.0 / rate as f64));
         for n in 0..total {
             tick.tick().await;
-            let (pool, wake, topic) = (self.pool.clone(), wake.clone(), topic.clone());
+            let (pool, wake, topic, committed) = (writers.clone(), wake.clone(), topic.clone(), committed.clone());
             tokio::spawn(async move {
                 let mut tx = pool.begin().await?;
-                let mut payload = chrono::Utc::now().timestamp_micros().to_string().into_bytes();
+                let mut payload = n.to_string().into_bytes();
                 payload.resize(PAYLOAD, b' ');
                 append(&mut tx, &message(&topic, &(n % KEYS).to_string(), payload)).await?;
                 tx.commit().await?;
+                committed[n].store(began.elapsed().as_micros() as u64, Ordering::Relaxed);
                 wake.notify();
                 Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
             });
         }
-        let mut latencies = reader.await??;
+        // The first seconds are connections and first plans; what is measured is the steady state.
+        let mut latencies = reader.await??.split_off(rate * WARM_UP_SECONDS);
         relay.stop().await?;
         latencies.sort_unstable_by(f64::total_cmp);
         let at = |share: f64| latencies[((latencies.len() - 1) as f64 * share) as usize];
@@ -324,7 +340,9 @@ fn message(topic: &str, key: &str, payload: Vec<u8>) -> NewMessage {
     }
 }
 
-fn read_latencies(brokers: &str, topic: &str, total: usize) -> Result<Vec<f64>> {
+/// Milliseconds from the return of each COMMIT to the message's arrival.
+fn read_latencies(brokers: &str, topic: &str, began: Instant, committed: &[AtomicU64]) -> Result<Vec<f64>> {
+    let total = committed.len();
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .set("group.id", "bench")
@@ -341,9 +359,14 @@ fn read_latencies(brokers: &str, topic: &str, total: usize) -> Result<Vec<f64>> 
         let Some(message) = consumer.poll(Duration::from_secs(10)) else { 
             return Err(format!("only {} of {total} messages came", latencies.len()).into());
         };
-        let now = chrono::Utc::now().timestamp_micros();
-        let sent: i64 = std::str::from_utf8(message?.payload().unwrap_or_default())?.trim().parse()?;
-        latencies.push((now - sent) as f64 / 1000.0);
+        let now = began.elapsed().as_micros() as u64;
+        let n: usize = std::str::from_utf8(message?.payload().unwrap_or_default())?.trim().parse()?;
+        // A message can arrive before its writer has heard of its own commit.
+        let committed = match committed[n].load(Ordering::Relaxed) {
+            0 => now,
+            at => at,
+        };
+        latencies.push(now.saturating_sub(committed) as f64 / 1000.0);
     }
     Ok(latencies)
 }

@@ -8,7 +8,7 @@
 
 use std::{sync::mpsc, thread};
 
-use rdkafka::{error::KafkaError, mocking::MockCluster};
+use rdkafka::{error::KafkaError, mocking::MockCluster, producer::DefaultProducerContext};
 use tokio::sync::oneshot;
 
 /// Partitions of each topic; the number topics get that a client brings into being.
@@ -42,10 +42,13 @@ pub enum BrokerError {
     Gone,
 }
 
+type Cluster = MockCluster<'static, DefaultProducerContext>;
+type Job = Box<dyn FnOnce(&Cluster) -> Result<(), KafkaError> + Send>;
+
 /// The mock cluster can't leave the thread it was made on, so the thread takes orders.
 struct Order {
     what: &'static str,
-    run: Box<dyn FnOnce(&MockCluster<'static, rdkafka::producer::DefaultProducerContext>) -> Result<(), KafkaError> + Send>,
+    run: Job,
     done: oneshot::Sender<Result<(), BrokerError>>,
 }
 
@@ -103,9 +106,7 @@ impl EmbeddedBroker {
     async fn order(
         &self,
         what: &'static str,
-        run: impl FnOnce(&MockCluster<'static, rdkafka::producer::DefaultProducerContext>) -> Result<(), KafkaError>
-        + Send
-        + 'static,
+        run: impl FnOnce(&Cluster) -> Result<(), KafkaError> + Send + 'static,
     ) -> Result<(), BrokerError> {
         let (done, answer) = oneshot::channel();
         let orders = self.orders.as_ref().ok_or(BrokerError::Gone)?;

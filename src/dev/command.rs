@@ -41,7 +41,8 @@ pub struct DevArgs {
 /// Runs the whole system until Ctrl-C.
 pub async fn run(args: DevArgs) -> anyhow::Result<ExitCode> {
     let since = Instant::now();
-    let metrics = telemetry::init(LogFormat::Text)?;
+    let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| "warn,auth_service=info,librdkafka=error".to_owned());
+    let metrics = telemetry::init(LogFormat::Text, &filter)?;
     let ignored = ignored_variables();
     if !ignored.is_empty() {
         println!("dev does not use {}: name servers with --database-url and --kafka-brokers", ignored.join(", "));
@@ -168,7 +169,8 @@ pub struct UserServiceArgs {
 
 /// Runs the user-service until a signal.
 pub async fn run_user_service(args: UserServiceArgs) -> anyhow::Result<ExitCode> {
-    telemetry::init(LogFormat::Text)?;
+    let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| "info,librdkafka=warn".to_owned());
+    telemetry::init(LogFormat::Text, &filter)?;
     let stop = CancellationToken::new();
     let settings = UserServiceSettings {
         database_url: args.database_url,

@@ -14,7 +14,7 @@ use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
 use super::{
-    ledger::Ledger,
+    ledger::{Ledger, Seen},
     system::{System, Wanted},
 };
 use crate::{config::LogFormat, telemetry};
@@ -32,11 +32,9 @@ pub struct DemoArgs {
 
 /// Walks through, prints the table, stops everything.
 pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
-    if std::env::var_os("RUST_LOG").is_none() {
-        // The outage of the tour is on purpose; its warnings would hide the tour.
-        telemetry::init_quiet()?;
-    }
-    let metrics = telemetry::init(LogFormat::Text)?;
+    // The outage of the tour is on purpose; its warnings would hide the tour.
+    let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| "off".to_owned());
+    let metrics = telemetry::init(LogFormat::Text, &filter)?;
     let scratch = std::env::temp_dir().join(format!("auth-service-demo-{}", Uuid::new_v4().simple()));
     let wanted = Wanted {
         data_dir: scratch.clone(),
@@ -157,13 +155,9 @@ impl Tour<'_> {
         let taken_back: Vec<String> = sqlx::query_scalar("select subject from saga_state where status = 'compensated'")
             .fetch_all(&mut self.conn)
             .await?;
-        let ledger = &self.ledger;
-        let erased = || {
-            let deleted = ledger.seen().deleted;
-            taken_back.iter().all(|user| deleted.contains(user))
-        };
+        let erased = |seen: &Seen| taken_back.iter().all(|user| seen.deleted.contains(user));
         let since = Instant::now();
-        while !erased() && since.elapsed() < PATIENCE {
+        while !erased(&self.ledger.seen()) && since.elapsed() < PATIENCE {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let seen = self.ledger.seen();
@@ -182,7 +176,7 @@ impl Tour<'_> {
         println!("   lost {lost}");
         println!("   out of order {}", seen.out_of_order);
         let settled = completed + compensated == registered as i64;
-        Ok(lost == 0 && seen.out_of_order == 0 && half_done == 0 && settled && compensated == 2 && erased())
+        Ok(lost == 0 && seen.out_of_order == 0 && half_done == 0 && settled && compensated == 2 && erased(&seen))
     }
 
     /// Users without a profile and profiles without a user.

@@ -74,7 +74,7 @@ impl Default for PostgresOptions {
 pub enum PostgresError {
     /// Not on this machine, and not to be had.
     #[error(
-        "PostgreSQL {oldest} or newer is not on this machine and could not be downloaded ({cause}). Install it \
+        "PostgreSQL {oldest} or newer is not on this machine and could not be downloaded from github.com ({cause}). Install it \
          (Debian, Ubuntu: apt install postgresql; Fedora: dnf install postgresql-server; macOS: brew install \
          postgresql@17), or set PG_BIN to the folder that holds initdb and postgres, or name a server with --database-url",
         oldest = binaries::OLDEST

@@ -3,7 +3,9 @@
 
 use std::{
     collections::BTreeMap,
-    env, fs,
+    env,
+    ffi::OsString,
+    fs,
     io::Write,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
@@ -189,7 +191,11 @@ pub fn ignored_variables() -> Vec<&'static str> {
 }
 
 fn inherited() -> BTreeMap<String, String> {
-    env::vars().filter(|(name, value)| !value.is_empty() && !NOT_HONOURED.contains(&name.as_str())).collect()
+    let readable = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+    env::vars_os()
+        .filter_map(readable)
+        .filter(|(name, value)| !value.is_empty() && !NOT_HONOURED.contains(&name.as_str()))
+        .collect()
 }
 
 async fn database(

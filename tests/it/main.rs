@@ -3,9 +3,11 @@
 
 mod support;
 
+mod bad_requests;
 mod commit_in_doubt;
 mod http;
 mod registration;
 mod relay;
 mod sagas;
 mod sessions;
+mod sign_in;

@@ -54,14 +54,6 @@ impl Home {
     pub async fn open(wanted: &Path) -> Result<Self, PostgresError> {
         let root = make(wanted)?;
         if !geteuid().is_root() {
-            let owner = owner(&root)?.uid;
-            if owner != geteuid().as_raw() {
-                let owner = user_name(owner);
-                let problem = format!(
-                    "it belongs to {owner} (made by a run as root?); run as root again, or choose another --data-dir"
-                );
-                return Err(PostgresError::Folder { dir: root, problem });
-            }
             return Self::lock(root, None);
         }
         let account = account_for(&root)?;
@@ -183,6 +175,13 @@ impl Home {
 fn make(wanted: &Path) -> Result<PathBuf, PostgresError> {
     fs::create_dir_all(wanted).map_err(io_error("making", wanted))?;
     let root = wanted.canonicalize().map_err(io_error("opening", wanted))?;
+    let owner = owner(&root)?.uid;
+    if !geteuid().is_root() && owner != geteuid().as_raw() {
+        let owner = user_name(owner);
+        let problem =
+            format!("it belongs to {owner} (made by a run as root?); run as root again, or choose another --data-dir");
+        return Err(PostgresError::Folder { dir: root, problem });
+    }
     let mut entries = fs::read_dir(&root).map_err(io_error("opening", &root))?;
     if !root.join("lock").exists() && entries.next().is_some() {
         let problem = "there are other things in it; choose a folder of its own".to_owned();

@@ -51,6 +51,8 @@ impl CommandConsumer {
         let mut client = ClientConfig::new();
         client.extend(settings.kafka_client.iter().cloned());
         client.set("bootstrap.servers", &settings.kafka_brokers).set("client.id", "user-service");
+        // The usual 10 s would be most of the time to recovery after a short outage.
+        client.set("reconnect.backoff.max.ms", "1000");
 
         // An offset is stored when its command has been answered, and committed some time after.
         let consumer: StreamConsumer = client

@@ -175,11 +175,14 @@ async fn a_create_behind_its_delete_raises_nobody() {
 #[tokio::test]
 async fn a_message_that_is_no_command_holds_nothing_up_and_an_outage_loses_nothing() {
     let world = World::new().await;
+    let saga = Uuid::now_v7();
     world.send("user.create", Uuid::now_v7(), "m-0", json!("nonsense")).await;
+    world.create(saga, "m-1", "ann").await;
+    assert_eq!(world.answer().await.topic, "t.user.create.done");
     world.broker.down().await.expect("down");
     world.broker.up().await.expect("up");
-    world.create(Uuid::now_v7(), "m-1", "ann").await;
-    assert_eq!(world.answer().await.topic, "t.user.create.done");
+    world.send("user.delete", saga, "m-2", json!({ "id": 7 })).await;
+    assert_eq!(world.answer().await.topic, "t.user.delete.done");
     world.end().await;
 }
 

@@ -15,10 +15,17 @@ use crate::{
 
 /// `POST /auth/refresh`, for clients without a gateway; the route is there only where the
 /// configuration asks for it.
-pub async fn refresh(State(app): State<App>, carried: Carried, _: Fields) -> Result<Success<Value>, Response> {
-    let Some(presented) = &carried.refresh else { return Err(over(&app, SessionError::Over(Over::NoToken))) };
-    let refreshed =
-        sessions::refresh(&app, presented.expose_secret()).await.map_err(|refusal| over(&app, refusal))?;
+pub async fn refresh(
+    State(app): State<App>,
+    carried: Carried,
+    _: Fields,
+) -> Result<Success<Value>, Response> {
+    let Some(presented) = &carried.refresh else {
+        return Err(over(&app, SessionError::Over(Over::NoToken)));
+    };
+    let refreshed = sessions::refresh(&app, presented.expose_secret())
+        .await
+        .map_err(|refusal| over(&app, refusal))?;
     let tokens = &refreshed.tokens;
     Ok(Success {
         status: StatusCode::OK,
@@ -27,6 +34,6 @@ pub async fn refresh(State(app): State<App>, carried: Carried, _: Fields) -> Res
             "accessTokenExpiresAt": tokens.access.expires_at.to_rfc3339_opts(SecondsFormat::Secs, true),
             "refreshTokenExpiresAt": tokens.refresh.expires_at.to_rfc3339_opts(SecondsFormat::Secs, true),
         }),
-        cookies: cookies::both(app.config.http.cookies, tokens, Utc::now()).into(),
+        cookies: cookies::both(&app.config, tokens, Utc::now()).into(),
     })
 }

@@ -1,0 +1,138 @@
+use std::{error::Error, time::Duration};
+
+use secrecy::SecretString;
+use sqlx::Acquire;
+use uuid::Uuid;
+
+use super::RequestContext;
+use crate::{
+    app::App,
+    crypto::HashError,
+    db::{
+        self,
+        users::{self, Credentials},
+    },
+    domain::{Identifier, Password, User},
+    sessions::{self, SESSIONS_PER_USER, TokenPair},
+};
+
+/// A login that succeeded.
+#[derive(Debug)]
+pub struct LoggedIn {
+    /// Who.
+    pub user: User,
+    /// The new session's tokens.
+    pub tokens: TokenPair,
+}
+
+/// Why a login did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum LoginError {
+    /// Unknown, wrong or no longer let in: the same to everyone outside.
+    #[error("unknown user or wrong password")]
+    Refused,
+    /// More passwords to check than this machine can.
+    #[error("too many passwords are being checked")]
+    Busy {
+        /// When to come again.
+        retry_after: Duration,
+    },
+    /// The database is away.
+    #[error("the database did not answer")]
+    Unavailable(#[source] sqlx::Error),
+    /// What nobody foresaw.
+    #[error("the login failed")]
+    Unforeseen(#[source] Box<dyn Error + Send + Sync>),
+}
+
+/// Signs a user in. A valid refresh token that the client still holds loses its session to the new
+/// one (`replaced`).
+///
+/// An unknown name costs the same work as a wrong password, and no connection is held while a
+/// password is hashed.
+pub async fn login(
+    app: &App,
+    identifier: Option<Identifier>,
+    password: SecretString,
+    replaced: Option<&str>,
+    context: &RequestContext,
+) -> Result<LoggedIn, LoginError> {
+    let known = match &identifier {
+        Some(identifier) => db::on(&app.db, async |conn| {
+            users::credentials(conn, identifier).await
+        })
+        .await?
+        .filter(|known| sessions::may_sign_in(&known.user)),
+        None => None,
+    };
+    let stored = known.as_ref().map(|known| known.password_hash.as_str());
+    let verdict = app.hasher.verify(&password, stored).await?;
+    let Some(known) = known.filter(|_| verdict.matches) else {
+        metrics::counter!("auth_logins_total", "outcome" => "refused").increment(1);
+        return Err(LoginError::Refused);
+    };
+    let opened = db::on(&app.db, async |conn| {
+        let mut tx = conn.begin().await?;
+        let Some(user) = users::hold(&mut tx, &known).await? else {
+            return Ok(None);
+        };
+        if let Some(replaced) = replaced {
+            sessions::replace_held(&mut tx, &app.signer, replaced).await?;
+        }
+        let agent = context.user_agent.as_deref();
+        let session = sessions::open(&mut tx, &app.signer, Uuid::now_v7(), user.id, agent).await?;
+        db::sessions::revoke_oldest(&mut tx, user.id, SESSIONS_PER_USER, "too many sessions")
+            .await?;
+        tx.commit().await?;
+        Ok(Some((user, session)))
+    })
+    .await?;
+    // Deleted, or given another password, while this one was being checked.
+    let Some((user, session)) = opened else {
+        return Err(LoginError::Refused);
+    };
+    if verdict.needs_rehash {
+        rehash(app, &known, password).await;
+    }
+    let tokens = sessions::tokens(&app.signer, &user, &session)
+        .map_err(|error| LoginError::Unforeseen(error.into()))?;
+    metrics::counter!("auth_logins_total", "outcome" => "accepted").increment(1);
+    Ok(LoggedIn { user, tokens })
+}
+
+/// Stores the password in today's form. A login never fails over it: the next one tries again.
+async fn rehash(app: &App, known: &Credentials, password: SecretString) {
+    // Its length was another day's business.
+    let Ok(password) = Password::parse(password, 0, None) else {
+        return;
+    };
+    let rehashed = async {
+        let hash = app.hasher.hash(&password).await?;
+        db::on(&app.db, async |conn| {
+            users::replace_hash(conn, known, &hash).await
+        })
+        .await?;
+        Ok::<_, Box<dyn Error + Send + Sync>>(())
+    };
+    if let Err(error) = rehashed.await {
+        tracing::info!(user.id = %known.user.id, error, "a password was not rehashed; the next login tries again");
+    }
+}
+
+impl From<sqlx::Error> for LoginError {
+    fn from(error: sqlx::Error) -> Self {
+        match db::is_away(&error) {
+            true => LoginError::Unavailable(error),
+            false => LoginError::Unforeseen(error.into()),
+        }
+    }
+}
+
+impl From<HashError> for LoginError {
+    fn from(error: HashError) -> Self {
+        match error {
+            HashError::Busy { retry_after } => LoginError::Busy { retry_after },
+            HashError::Failed => LoginError::Unforeseen(error.into()),
+        }
+    }
+}
