@@ -88,7 +88,7 @@ fn describe() {
         ("saga_consumers_replaced_total", "Kafka consumers given up after a fatal error"),
     ] {
         describe_counter!(name, says);
-        counter!(name).absolute(0);
+        counter!(name).increment(0);
     }
     for (name, says) in [
         ("auth_refresh_total", "Refreshes, by outcome"),

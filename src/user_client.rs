@@ -148,7 +148,7 @@ impl Asked<'_> {
         } else {
             found.saga_id.parse() == Ok(self.saga_id)
         };
-        if ours && matches!(found.user_id, 0) || ours && found.user_id == self.user_id {
+        if ours && (found.user_id == self.user_id || found.user_id == 0) {
             return then;
         }
         let whose = match found.saga_id.as_str() {

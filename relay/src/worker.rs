@@ -131,8 +131,8 @@ impl Worker {
                 () = shutdown.cancelled(), if stop_by.is_none() => {}
             }
         }
-        // Dropping a producer waits for its thread.
-        let _ = tokio::task::spawn_blocking(move || drop(self.publisher)).await;
+        // Dropping a producer purges it and waits for its thread; nobody has to wait for that.
+        std::thread::spawn(move || drop(self.publisher));
     }
 
     async fn step(&mut self, stopping: bool) -> Result<Outcome, sqlx::Error> {
@@ -414,7 +414,7 @@ impl Worker {
         match Publisher::new(&self.settings.kafka, self.settings.batch, self.settings.lease.max(Duration::from_secs(10))) {
             Ok(publisher) => {
                 let dead = std::mem::replace(&mut self.publisher, publisher);
-                tokio::task::spawn_blocking(move || drop(dead));
+                std::thread::spawn(move || drop(dead));
             }
             Err(error) => tracing::error!(%error, "no new producer"),
         }

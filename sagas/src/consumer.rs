@@ -34,6 +34,7 @@ pub struct ConsumerSettings {
 }
 
 const RETRY: Duration = Duration::from_millis(500);
+const LEAVE: Duration = Duration::from_secs(5);
 /// A missing reply topic is looked for again this often: topics may be created after us.
 const TOPIC_REFRESH_MS: &str = "10000";
 
@@ -125,8 +126,7 @@ impl<F: Flows> Orchestrator<F> {
                 }
             }
         };
-        // Closing leaves the group and commits the stored offsets; it blocks.
-        let _ = tokio::task::spawn_blocking(move || drop(consumer)).await;
+        leave(consumer).await;
         result
     }
 
@@ -177,6 +177,19 @@ impl<F: Flows> Orchestrator<F> {
             headers,
             payload: message.payload().map(<[u8]>::to_vec),
         }
+    }
+}
+
+/// Closing commits the stored offsets and leaves the group. It blocks, and with brokers that are away
+/// it may never end: so it has a thread of its own, which nobody waits for for long.
+async fn leave(consumer: StreamConsumer<Context>) {
+    let (done, left) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        drop(consumer);
+        let _ = done.send(());
+    });
+    if tokio::time::timeout(LEAVE, left).await.is_err() {
+        tracing::warn!("the consumer group was not left in time; its partitions move when the session times out");
     }
 }
 

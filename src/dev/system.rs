@@ -178,7 +178,7 @@ impl System {
     pub async fn stop(self) {
         self.running.stop(Duration::ZERO, Duration::from_secs(10)).await;
         self.parts_stop.cancel();
-        let _ = tokio::time::timeout(Duration::from_secs(5), self.user_service.stopped()).await;
+        let _ = tokio::time::timeout(Duration::from_secs(8), self.user_service.stopped()).await;
         if let Some(cluster) = self.cluster {
             cluster.stop().await;
         }
@@ -244,7 +244,7 @@ fn keys(data_dir: &Path, progress: &impl Fn(&str)) -> anyhow::Result<Vec<(&'stat
 fn admin_token(data_dir: &Path) -> anyhow::Result<AdminSecret> {
     let path = data_dir.join("admin-token");
     if let Ok(token) = fs::read_to_string(&path) {
-        return AdminSecret::from_token("dev", &["admin"], token.trim().to_owned());
+        return Ok(AdminSecret::from_token("dev", &["admin"], token.trim().to_owned())?);
     }
     let secret = AdminSecret::generate("dev", &["admin"])?;
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;

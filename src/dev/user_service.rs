@@ -16,7 +16,7 @@ use std::{io, net::SocketAddr};
 
 use rdkafka::error::KafkaError;
 use secrecy::{ExposeSecret, SecretString};
-use sqlx::{PgPool, postgres::PgPoolOptions};
+use sqlx::{PgPool, postgres::{PgConnectOptions, PgPoolOptions}};
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -42,7 +42,7 @@ pub struct UserService {
 /// What it needs to run.
 #[derive(Debug, Clone)]
 pub struct UserServiceSettings {
-    /// Its own database; it makes its tables itself.
+    /// Its database; it makes its schema, `user_service`, and its tables itself.
     pub database_url: SecretString,
     /// `host:port`, comma-separated.
     pub kafka_brokers: String,
@@ -106,7 +106,10 @@ impl UserService {
 }
 
 async fn database(url: &SecretString) -> Result<PgPool, sqlx::Error> {
-    let pool = PgPoolOptions::new().max_connections(CONNECTIONS).connect(url.expose_secret()).await?;
+    // A schema of its own, so that it can live in a database beside others.
+    let options: PgConnectOptions = url.expose_secret().parse()?;
+    let options = options.options([("search_path", "user_service")]);
+    let pool = PgPoolOptions::new().max_connections(CONNECTIONS).connect_with(options).await?;
     profiles::create_tables(&pool).await?;
     Ok(pool)
 }

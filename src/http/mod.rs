@@ -6,7 +6,7 @@
 
 mod auth;
 mod body;
-mod context;
+pub mod context;
 pub mod cookies;
 pub mod error;
 mod extract;

@@ -1,3 +1,5 @@
+create schema if not exists user_service;
+
 create table if not exists profiles (
     user_id    bigint primary key,
     username   text not null,

@@ -82,7 +82,7 @@ pub async fn send(brokers: &str, topic: &str, key: &str, headers: &[(&str, &str)
     let producer: FutureProducer =
         ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a producer");
     let headers = headers.iter().fold(OwnedHeaders::new(), |headers, (key, value)| {
-        headers.insert(Header { key, value: Some(value) })
+        headers.insert(Header { key, value: Some(*value) })
     });
     let record = FutureRecord::to(topic).key(key).payload(payload).headers(headers);
     producer.send(record, Duration::from_secs(10)).await.expect("the message is sent");
