@@ -14,12 +14,15 @@ create table if not exists auth_users (
     "updatedAt"   timestamptz not null default now()
 );
 
+update auth_users set is_verified = false where is_verified is null;
+
 -- Lengths are the domain's business; Sequelize's varchar(255) would cut versioned hashes short.
 alter table auth_users
     alter column username      type text,
     alter column email         type text,
     alter column password_hash type text,
     alter column is_verified   set default false,
+    alter column is_verified   set not null,
     alter column "createdAt"   set default now(),
     alter column "updatedAt"   set default now();
 
@@ -34,6 +37,8 @@ alter table auth_users
     add column if not exists email_canonical    text,
     add column if not exists create_saga_id     uuid;
 
+-- The program has done this already, for letters beyond ASCII too (src/migrations/adoption.rs): what
+-- is left are rows that came in between.
 update auth_users
    set username_canonical = coalesce(username_canonical, lower(btrim(username))),
        email_canonical    = coalesce(email_canonical, lower(btrim(email)))
@@ -46,6 +51,28 @@ alter table auth_users
     add constraint auth_users_pending_has_saga check (status <> 'pending' or create_saga_id is not null),
     add constraint auth_users_username_unique unique (username_canonical),
     add constraint auth_users_email_unique unique (email_canonical);
+
+-- Sequelize made the spelling unique, once or, by sync(), many times over. That is looser than what
+-- holds now, and would be what a violation names.
+do $$
+declare
+    found record;
+begin
+    for found in
+        select i.indexrelid::regclass as index, c.conname
+          from pg_index i
+          join pg_attribute a on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
+          left join pg_constraint c on c.conindid = i.indexrelid and c.contype = 'u'
+         where i.indrelid = 'auth_users'::regclass and i.indisunique and i.indnkeyatts = 1
+           and a.attname in ('username', 'email')
+    loop
+        if found.conname is null then
+            execute format('drop index %s', found.index);
+        else
+            execute format('alter table auth_users drop constraint %I', found.conname);
+        end if;
+    end loop;
+end $$;
 
 -- One row is one session. Nothing in it can be presented as a token: the current refresh token
 -- is made anew, byte for byte, from (id, user_id, generation, jti, issued_at, expires_at, kid),
@@ -76,13 +103,19 @@ alter table refresh_tokens
     add constraint refresh_tokens_revoked_has_reason check ((revoked_at is null) = (revoked_reason is null));
 
 -- A token the replaced service had stored is kept as its SHA-256 only: good until its own
--- expiry, exchanged at first use.
+-- expiry, exchanged at first use. Sign-ins of one user within one second were given the same token:
+-- one of their rows keeps it. The column is emptied first, because a dropped one stays in its rows.
 do $$
 begin
     if exists (select from information_schema.columns
                 where table_schema = current_schema()
                   and table_name = 'refresh_tokens' and column_name = 'token') then
-        update refresh_tokens set legacy_token_hash = sha256(convert_to(token, 'UTF8'));
+        alter table refresh_tokens alter column token drop not null;
+        update refresh_tokens s
+           set legacy_token_hash = case when same.nth = 1 then sha256(convert_to(s.token, 'UTF8')) end,
+               token = null
+          from (select id, row_number() over (partition by token order by id) as nth from refresh_tokens) same
+         where same.id = s.id;
         alter table refresh_tokens drop column token;
     end if;
 end $$;

@@ -43,20 +43,12 @@ pub async fn mark_verified(app: &App, id: UserId) -> Result<Option<User>, sqlx::
 
 /// The create saga has completed, in whose transaction this runs. `false` when the user is not
 /// pending in it.
-pub async fn activate(
-    conn: &mut PgConnection,
-    id: UserId,
-    saga_id: Uuid,
-) -> Result<bool, sqlx::Error> {
+pub async fn activate(conn: &mut PgConnection, id: UserId, saga_id: Uuid) -> Result<bool, sqlx::Error> {
     users::activate(conn, id, saga_id).await
 }
 
 /// The create saga is taken back, in whose transaction this runs: the user, its sessions and its
 /// identifiers go. `false` when the user is not pending in it, and then nothing has happened.
-pub async fn take_back(
-    conn: &mut PgConnection,
-    id: UserId,
-    saga_id: Uuid,
-) -> Result<bool, sqlx::Error> {
+pub async fn take_back(conn: &mut PgConnection, id: UserId, saga_id: Uuid) -> Result<bool, sqlx::Error> {
     users::delete_pending(conn, id, saga_id).await
 }

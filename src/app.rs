@@ -91,8 +91,7 @@ pub enum Role {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Role; 6] =
-        [Role::Http, Role::Grpc, Role::Admin, Role::Relay, Role::Sagas, Role::Housekeeping];
+    pub const ALL: [Role; 6] = [Role::Http, Role::Grpc, Role::Admin, Role::Relay, Role::Sagas, Role::Housekeeping];
 
     fn as_str(self) -> &'static str {
         match self {
@@ -173,10 +172,12 @@ impl App {
     /// are known only then, and never by a sequential scan: statistics taken while the outbox was
     /// empty would recommend one.
     fn relay_pool(&self) -> PgPool {
-        let options = self.config.database.options.clone().options([
-            ("plan_cache_mode", "force_custom_plan"),
-            ("enable_seqscan", "off"),
-        ]);
+        let options = self
+            .config
+            .database
+            .options
+            .clone()
+            .options([("plan_cache_mode", "force_custom_plan"), ("enable_seqscan", "off")]);
         PgPoolOptions::new()
             .max_connections(self.config.database.relay_pool_size)
             .acquire_timeout(self.config.database.acquire_timeout)
@@ -188,10 +189,7 @@ impl App {
         let host = std::env::var("HOSTNAME").unwrap_or_else(|_| "localhost".to_owned());
         let settings = RelaySettings {
             name: format!("{host}:{}", std::process::id()),
-            kafka: KafkaSettings {
-                brokers: config.kafka.brokers.clone(),
-                client: config.kafka.client.clone(),
-            },
+            kafka: KafkaSettings { brokers: config.kafka.brokers.clone(), client: config.kafka.client.clone() },
             lease: config.relay.lease,
             batch: config.relay.batch,
             workers: config.relay.workers,

@@ -91,10 +91,7 @@ pub struct Config {
 
 impl Config {
     /// Reads every variable it knows and ignores the rest. An empty variable is one that is not set.
-    pub fn from_vars(
-        vars: impl IntoIterator<Item = (String, String)>,
-        profile: Profile,
-    ) -> Result<Self, ConfigErrors> {
+    pub fn from_vars(vars: impl IntoIterator<Item = (String, String)>, profile: Profile) -> Result<Self, ConfigErrors> {
         let mut vars = Vars::new(vars, profile);
         let tokens = tokens::settings(&mut vars);
         let signer = tokens::signer(&mut vars, &tokens);
@@ -107,25 +104,15 @@ impl Config {
         let relay = RelayConfig::read(&mut vars);
         let sagas = SagaConfig::read(&mut vars);
         let retention = RetentionConfig::read(&mut vars);
-        let shutdown_drain = vars.duration(
-            "SHUTDOWN_DRAIN",
-            Duration::from_secs(5),
-            Duration::ZERO..=Duration::from_secs(300),
-        );
-        let log_format = vars.choice(
-            "LOG_FORMAT",
-            &[("text", LogFormat::Text), ("json", LogFormat::Json)],
-        );
+        let shutdown_drain =
+            vars.duration("SHUTDOWN_DRAIN", Duration::from_secs(5), Duration::ZERO..=Duration::from_secs(300));
+        let log_format = vars.choice("LOG_FORMAT", &[("text", LogFormat::Text), ("json", LogFormat::Json)]);
         let log_filter = vars.text("RUST_LOG", "info,librdkafka=warn");
         let sender = vars.text("KAFKA_EVENT_SOURCE", "auth-service");
         if let (Some(http), Some(grpc), Some(admin)) = (&http, &grpc, &admin) {
             distinct_ports(
                 &mut vars,
-                [
-                    ("PORT", http.listen),
-                    ("GRPC_PORT", grpc.listen),
-                    ("ADMIN_PORT", admin.listen),
-                ],
+                [("PORT", http.listen), ("GRPC_PORT", grpc.listen), ("ADMIN_PORT", admin.listen)],
             );
         }
         match (database, kafka, http, grpc, admin, signer) {
@@ -159,12 +146,7 @@ impl Config {
     /// Every variable with the value in force, one a line, secrets hidden.
     pub fn summary(&self) -> String {
         let mut text = String::new();
-        for Setting {
-            name,
-            value,
-            is_default,
-        } in &self.settings
-        {
+        for Setting { name, value, is_default } in &self.settings {
             let mark = if *is_default { "  # default" } else { "" };
             // Writing to a String can't fail.
             let _ = writeln!(text, "{name}={value}{mark}");
@@ -174,9 +156,7 @@ impl Config {
 }
 
 /// Where the local instance answers REST: all that the health check of a container has to know.
-pub fn http_listen(
-    vars: impl IntoIterator<Item = (String, String)>,
-) -> Result<SocketAddr, ConfigErrors> {
+pub fn http_listen(vars: impl IntoIterator<Item = (String, String)>) -> Result<SocketAddr, ConfigErrors> {
     let mut vars = Vars::new(vars, Profile::Production);
     match http::listen(&mut vars) {
         Some(listen) => Ok(listen),
@@ -185,9 +165,7 @@ pub fn http_listen(
 }
 
 /// The database alone: all that `migrate` and the operators' commands have to know.
-pub fn database(
-    vars: impl IntoIterator<Item = (String, String)>,
-) -> Result<DatabaseConfig, ConfigErrors> {
+pub fn database(vars: impl IntoIterator<Item = (String, String)>) -> Result<DatabaseConfig, ConfigErrors> {
     let mut vars = Vars::new(vars, Profile::Production);
     match DatabaseConfig::read(&mut vars) {
         Some(database) if vars.errors.is_empty() => Ok(database),
@@ -198,9 +176,7 @@ pub fn database(
 fn distinct_ports(vars: &mut Vars, listeners: [(&'static str, SocketAddr); 3]) {
     for (i, (name, listen)) in listeners.iter().enumerate() {
         for (earlier, other) in &listeners[..i] {
-            let same_host = listen.ip() == other.ip()
-                || listen.ip().is_unspecified()
-                || other.ip().is_unspecified();
+            let same_host = listen.ip() == other.ip() || listen.ip().is_unspecified() || other.ip().is_unspecified();
             if listen.port() != 0 && listen.port() == other.port() && same_host {
                 vars.reject(
                     name,

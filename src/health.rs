@@ -71,9 +71,7 @@ impl fmt::Display for Readiness {
             Readiness::Ready => "ready",
             Readiness::Draining => "shutting down",
             Readiness::DatabaseAway => "the database does not answer",
-            Readiness::SchemaBehind => {
-                "the database's schema is behind: run `auth-service migrate`"
-            }
+            Readiness::SchemaBehind => "the database's schema is behind: run `auth-service migrate`",
         })
     }
 }

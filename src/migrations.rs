@@ -1,5 +1,7 @@
 //! Bringing the schema up to date, safely when many replicas start at once.
 
+mod adoption;
+
 use std::time::Duration;
 
 use sqlx::{
@@ -23,17 +25,15 @@ pub enum SchemaError {
     /// A migration failed.
     #[error("{0}")]
     Migration(#[from] MigrateError),
-    /// Accounts that differ only in case can't both stay.
+    /// Accounts that differ only in case can't all stay.
     #[error(
-        "nothing was changed: these accounts differ only in the case of their {column}, and from now on it is \
-         one and the same: {}. Rename or delete all but one of each, then migrate again", groups.join("; ")
+        "nothing was changed: these accounts have names that differ only in case, and from now on those are one \
+         and the same: {}. Rename or delete all but one of each, then migrate again", .0.join("; ")
     )]
-    CaseDuplicates {
-        /// `username` or `email`.
-        column: &'static str,
-        /// `value: id 1, id 2`
-        groups: Vec<String>,
-    },
+    CaseDuplicates(
+        /// `username ada: id 1, id 2`
+        Vec<String>,
+    ),
 }
 
 /// Migrates. Answers how many migrations were applied.
@@ -45,7 +45,8 @@ pub enum SchemaError {
 pub async fn run(options: &PgConnectOptions) -> Result<usize, SchemaError> {
     let mut conn = PgConnection::connect_with(options).await?;
     // Adopting a large table may take longer than a request may.
-    conn.execute("set statement_timeout = 0; set lock_timeout = 0; set idle_in_transaction_session_timeout = 0").await?;
+    conn.execute("set statement_timeout = 0; set lock_timeout = 0; set idle_in_transaction_session_timeout = 0")
+        .await?;
     let lock = PgAdvisoryLock::new(LOCK);
     loop {
         use sqlx::Either;
@@ -63,7 +64,7 @@ pub async fn run(options: &PgConnectOptions) -> Result<usize, SchemaError> {
 }
 
 async fn apply(conn: &mut PgConnection) -> Result<usize, SchemaError> {
-    refuse_case_duplicates(conn).await?;
+    adoption::name_accounts(conn).await?;
     let before = applied(conn).await?;
     let mut migrator = Migrator { migrations: MIGRATOR.migrations.clone(), ..Migrator::DEFAULT };
     // An older binary must be able to start beside a newer schema: deploys roll.
@@ -84,36 +85,9 @@ async fn applied(conn: &mut PgConnection) -> Result<usize, sqlx::Error> {
         return Ok(0);
     }
     let versions: Vec<i64> = MIGRATOR.iter().map(|migration| migration.version).collect();
-    let count: i64 =
-        sqlx::query_scalar("select count(*) from _sqlx_migrations where success and version = any($1)")
-            .bind(versions)
-            .fetch_one(conn)
-            .await?;
+    let count: i64 = sqlx::query_scalar("select count(*) from _sqlx_migrations where success and version = any($1)")
+        .bind(versions)
+        .fetch_one(conn)
+        .await?;
     Ok(count as usize)
-}
-
-/// Looks at a table that the replaced service left behind, before anything is touched.
-async fn refuse_case_duplicates(conn: &mut PgConnection) -> Result<(), SchemaError> {
-    let to_adopt: bool = sqlx::query_scalar(
-        "select to_regclass('auth_users') is not null
-            and not exists (select from information_schema.columns
-                             where table_schema = current_schema()
-                               and table_name = 'auth_users' and column_name = 'email_canonical')",
-    )
-    .fetch_one(&mut *conn)
-    .await?;
-    if !to_adopt {
-        return Ok(());
-    }
-    const SAME_EMAIL: &str = "select lower(btrim(email)) || ': ' || string_agg('id ' || id, ', ' order by id)
-                                from auth_users group by lower(btrim(email)) having count(*) > 1 order by 1";
-    const SAME_USERNAME: &str = "select lower(btrim(username)) || ': ' || string_agg('id ' || id, ', ' order by id)
-                                   from auth_users group by lower(btrim(username)) having count(*) > 1 order by 1";
-    for (column, query) in [("email", SAME_EMAIL), ("username", SAME_USERNAME)] {
-        let groups: Vec<String> = sqlx::query_scalar(query).fetch_all(&mut *conn).await?;
-        if !groups.is_empty() {
-            return Err(SchemaError::CaseDuplicates { column, groups });
-        }
-    }
-    Ok(())
 }

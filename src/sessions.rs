@@ -97,15 +97,8 @@ pub async fn open(
 }
 
 /// Both tokens of a session as its row stands.
-pub fn tokens(
-    signer: &TokenSigner,
-    user: &User,
-    session: &Session,
-) -> Result<TokenPair, TokenError> {
-    Ok(TokenPair {
-        access: signer.sign_access(user, session, Utc::now())?,
-        refresh: signer.sign_refresh(session)?,
-    })
+pub fn tokens(signer: &TokenSigner, user: &User, session: &Session) -> Result<TokenPair, TokenError> {
+    Ok(TokenPair { access: signer.sign_access(user, session, Utc::now())?, refresh: signer.sign_refresh(session)? })
 }
 
 /// Replaces a refresh token by its successor.
@@ -131,26 +124,16 @@ pub async fn refresh(app: &App, presented: &str) -> Result<Refreshed, SessionErr
     metrics::counter!("auth_refresh_total", "outcome" => outcome).increment(1);
     let Found { session, user, .. } = found.map_err(SessionError::Over)?;
     let tokens = tokens(&app.signer, &user, &session).map_err(SessionError::Signing)?;
-    Ok(Refreshed {
-        user,
-        tokens,
-        reissued,
-    })
+    Ok(Refreshed { user, tokens, reissued })
 }
 
 /// A new access token, without replacing the refresh token: for those who could not be handed its
 /// successor.
-pub async fn access_from_refresh(
-    app: &App,
-    presented: &str,
-) -> Result<(User, SignedToken), SessionError> {
+pub async fn access_from_refresh(app: &App, presented: &str) -> Result<(User, SignedToken), SessionError> {
     let presented = Presented::read(&app.signer, presented)?;
     let found = db::on(&app.db, async |conn| look(conn, app, &presented).await).await?;
     let Found { session, user, .. } = found.map_err(SessionError::Over)?.found;
-    let access = app
-        .signer
-        .sign_access(&user, &session, Utc::now())
-        .map_err(SessionError::Signing)?;
+    let access = app.signer.sign_access(&user, &session, Utc::now()).map_err(SessionError::Signing)?;
     Ok((user, access))
 }
 
@@ -161,9 +144,7 @@ pub async fn validate(app: &App, access: &str) -> Result<Validated, SessionError
     match found {
         // The session's own expiry is the refresh token's; this token has one of its own.
         Some(Found { session, user, .. })
-            if session.revoked_at.is_none()
-                && may_sign_in(&user)
-                && i64::from(user.id.0) == claims.id =>
+            if session.revoked_at.is_none() && may_sign_in(&user) && i64::from(user.id.0) == claims.id =>
         {
             Ok(Validated { claims, user })
         }
@@ -204,30 +185,18 @@ pub async fn logout(
         let (user_id, session_id) = (found.user.id, found.session.session_id);
         match scope {
             LogoutScope::This => sessions::revoke(conn, session_id, "logout").await?,
-            LogoutScope::Others => {
-                sessions::revoke_all(conn, user_id, Some(session_id), "logout of others").await? > 0
-            }
-            LogoutScope::All => {
-                sessions::revoke_all(conn, user_id, None, "logout everywhere").await? > 0
-            }
+            LogoutScope::Others => sessions::revoke_all(conn, user_id, Some(session_id), "logout of others").await? > 0,
+            LogoutScope::All => sessions::revoke_all(conn, user_id, None, "logout everywhere").await? > 0,
         };
         Ok(true)
     })
     .await?;
-    if ended {
-        Ok(())
-    } else {
-        Err(SessionError::Over(Over::NoToken))
-    }
+    if ended { Ok(()) } else { Err(SessionError::Over(Over::NoToken)) }
 }
 
 /// Ends the session of a refresh token that a new sign-in takes the place of, in the caller's
 /// transaction. A token that is not good names no session, and nothing happens.
-pub async fn replace_held(
-    conn: &mut PgConnection,
-    signer: &TokenSigner,
-    presented: &str,
-) -> Result<(), sqlx::Error> {
+pub async fn replace_held(conn: &mut PgConnection, signer: &TokenSigner, presented: &str) -> Result<(), sqlx::Error> {
     let Ok(presented) = Presented::read(signer, presented) else {
         return Ok(());
     };
@@ -238,14 +207,9 @@ pub async fn replace_held(
 }
 
 /// The session at `session_id` and its user, if both are still good.
-pub async fn live(
-    conn: &mut PgConnection,
-    session_id: Uuid,
-) -> Result<Option<Session>, sqlx::Error> {
+pub async fn live(conn: &mut PgConnection, session_id: Uuid) -> Result<Option<Session>, sqlx::Error> {
     let found = sessions::find(conn, session_id).await?;
-    Ok(found
-        .filter(|found| found.session.is_live(found.now) && may_sign_in(&found.user))
-        .map(|found| found.session))
+    Ok(found.filter(|found| found.session.is_live(found.now) && may_sign_in(&found.user)).map(|found| found.session))
 }
 
 /// Whether this user may have sessions. A pending one may: registration signs in at once.

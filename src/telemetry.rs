@@ -76,7 +76,10 @@ pub fn install_metrics() -> Result<PrometheusHandle, TelemetryError> {
 /// appears with the first fault has no "before" to compare it with.
 fn describe() {
     for (name, says) in [
-        ("auth_refresh_reuse_total", "Refresh tokens that had been replaced and were used again; each ended its session"),
+        (
+            "auth_refresh_reuse_total",
+            "Refresh tokens that had been replaced and were used again; each ended its session",
+        ),
         ("outbox_published_total", "Events the broker has acknowledged"),
         ("outbox_parked_total", "Events set aside because they can't be sent"),
         ("outbox_fenced_writes_total", "Writes of a relay that had lost its lane; they had no effect"),

@@ -119,8 +119,7 @@ impl UserServiceClient {
         let Ok(id) = i32::try_from(asked.user_id) else {
             return Answer::Ambiguous("the user's id is too large for the original auth.AuthUser".to_owned());
         };
-        let request =
-            LegacyRequest { id, username: asked.username.to_owned(), email: asked.email.to_owned() };
+        let request = LegacyRequest { id, username: asked.username.to_owned(), email: asked.email.to_owned() };
         match self.legacy.clone().create_user(deadlined(request)).await {
             Ok(response) => by_legacy_code(response.into_inner().code),
             Err(status) => match status.code() {

@@ -27,7 +27,10 @@ use rdkafka::{
     error::{KafkaError, RDKafkaErrorCode},
     producer::{BaseRecord, DeliveryResult, Producer, ProducerContext, ThreadedProducer},
 };
-use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, PgPool, postgres::{PgConnectOptions, PgPoolOptions}};
+use sqlx::{
+    AssertSqlSafe, Connection, Executor, PgConnection, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -61,12 +64,18 @@ async fn main() -> Result<()> {
         let archived = number("BENCH_ARCHIVED", 5_000_000);
         bench.fill_archive(archived).await?;
         let rate = bench.drain(rows).await?;
-        println!("drain, {archived} archived {rate:>9.0} events/s    {:.0} % of the rate without ({plain:.0})", 100.0 * rate / plain);
+        println!(
+            "drain, {archived} archived {rate:>9.0} events/s    {:.0} % of the rate without ({plain:.0})",
+            100.0 * rate / plain
+        );
     }
     if wants("held") {
         let plain = bench.drain(rows).await?;
         let rate = bench.drain_under_held_snapshot(rows, Duration::from_secs(120)).await?;
-        println!("drain, snapshot held 2 min {rate:>7.0} events/s    {:.0} % of the rate without ({plain:.0})", 100.0 * rate / plain);
+        println!(
+            "drain, snapshot held 2 min {rate:>7.0} events/s    {:.0} % of the rate without ({plain:.0})",
+            100.0 * rate / plain
+        );
     }
     println!("resident memory          {:>9.0} MiB", resident_mib());
     bench.end().await
@@ -88,10 +97,12 @@ impl Bench {
         conn.execute(AssertSqlSafe(format!("create database {database}"))).await?;
         let pool = PgPoolOptions::new()
             .max_connections(16)
-            .connect_with(server.clone().database(&database).options([
-                ("plan_cache_mode", "force_custom_plan"),
-                ("enable_seqscan", "off"),
-            ]))
+            .connect_with(
+                server
+                    .clone()
+                    .database(&database)
+                    .options([("plan_cache_mode", "force_custom_plan"), ("enable_seqscan", "off")]),
+            )
             .await?;
         sqlx::migrate!("../migrations").run(&pool).await?;
         archive::keep_up(&mut *pool.acquire().await?, chrono::Utc::now().date_naive(), None).await?;
@@ -199,10 +210,8 @@ impl Bench {
             move || read_latencies(&brokers, &topic, began, &committed)
         });
         // As in production, where the relay's pool is its own.
-        let writers = PgPoolOptions::new()
-            .max_connections(10)
-            .connect_with(self.server.clone().database(&self.database))
-            .await?;
+        let writers =
+            PgPoolOptions::new().max_connections(10).connect_with(self.server.clone().database(&self.database)).await?;
         while sqlx::query_scalar::<_, bool>("select exists (select from outbox_lanes where owner is null)")
             .fetch_one(&self.pool)
             .await?
@@ -356,7 +365,7 @@ fn read_latencies(brokers: &str, topic: &str, began: Instant, committed: &[Atomi
     consumer.assign(&all)?;
     let mut latencies = Vec::with_capacity(total);
     while latencies.len() < total {
-        let Some(message) = consumer.poll(Duration::from_secs(10)) else { 
+        let Some(message) = consumer.poll(Duration::from_secs(10)) else {
             return Err(format!("only {} of {total} messages came", latencies.len()).into());
         };
         let now = began.elapsed().as_micros() as u64;

@@ -99,19 +99,22 @@ const PLACES: [(RowStatus, &str); 3] = [
     ),
     (
         RowStatus::Parked,
-        "select id, 'parked', lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at,
-                parked_at, reason, null, null, null from outbox_parked where true",
+        "select id, 'parked' as status, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at,
+                parked_at, reason, null::timestamptz as published_at, null::integer as partition,
+                null::bigint as \"offset\"
+           from outbox_parked where true",
     ),
     (
         RowStatus::Published,
-        "select id, 'published', lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at,
-                null, null, published_at, partition, \"offset\" from outbox_archive where true",
+        "select id, 'published' as status, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of,
+                created_at, null::timestamptz as parked_at, null::text as reason, published_at, partition, \"offset\"
+           from outbox_archive where true",
     ),
 ];
 
 /// Rows, newest first.
 pub async fn list(conn: &mut PgConnection, filter: &OutboxFilter) -> Result<Vec<OutboxRow>, sqlx::Error> {
-    let mut query = QueryBuilder::new("");
+    let mut query = QueryBuilder::new("select * from (");
     let places = PLACES.iter().filter(|(status, _)| filter.status.is_none_or(|wanted| wanted == *status));
     for (index, (_, select)) in places.enumerate() {
         query.push(if index == 0 { "(" } else { " union all (" }).push(*select);
@@ -129,7 +132,7 @@ pub async fn list(conn: &mut PgConnection, filter: &OutboxFilter) -> Result<Vec<
         }
         query.push(" order by id desc limit ").push_bind(filter.limit).push(")");
     }
-    query.push(" order by id desc limit ").push_bind(filter.limit);
+    query.push(") found order by id desc limit ").push_bind(filter.limit);
     query.build_query_as().fetch_all(conn).await
 }
 
@@ -137,7 +140,12 @@ pub async fn list(conn: &mut PgConnection, filter: &OutboxFilter) -> Result<Vec<
 pub async fn show(conn: &mut PgConnection, id: i64) -> Result<Option<OutboxRow>, sqlx::Error> {
     let mut query = QueryBuilder::new("");
     for (index, (_, select)) in PLACES.iter().enumerate() {
-        query.push(if index == 0 { "(" } else { " union all (" }).push(*select).push(" and id = ").push_bind(id).push(")");
+        query
+            .push(if index == 0 { "(" } else { " union all (" })
+            .push(*select)
+            .push(" and id = ")
+            .push_bind(id)
+            .push(")");
     }
     query.push(" limit 1");
     query.build_query_as().fetch_optional(conn).await

@@ -63,9 +63,7 @@ impl NewMessage {
 pub fn lane_of(key: &str) -> i16 {
     const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0100_0000_01b3;
-    let hash = key
-        .bytes()
-        .fold(OFFSET_BASIS, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(PRIME));
+    let hash = key.bytes().fold(OFFSET_BASIS, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(PRIME));
     // The low bits of FNV are the weakest: fold the high half in.
     ((hash ^ (hash >> 32)) % LANES as u64) as i16
 }

@@ -72,10 +72,7 @@ pub async fn append(conn: &mut PgConnection, message: &NewMessage) -> Result<App
 
 /// What became of these rows. A row that is in none of the outbox's tables (its archive partition
 /// was dropped by retention) is left out of the answer.
-pub async fn publications(
-    conn: &mut PgConnection,
-    row_ids: &[i64],
-) -> Result<HashMap<i64, Publication>, sqlx::Error> {
+pub async fn publications(conn: &mut PgConnection, row_ids: &[i64]) -> Result<HashMap<i64, Publication>, sqlx::Error> {
     let rows: Vec<(i64, Option<DateTime<Utc>>, Option<String>)> = sqlx::query_as(
         "select id, published_at, null from outbox_archive where id = any($1)
          union all

@@ -104,11 +104,7 @@ pub(crate) struct Publisher {
 
 impl Publisher {
     /// `patience` is how long the client itself tries to deliver one message.
-    pub(crate) fn new(
-        settings: &KafkaSettings,
-        window: usize,
-        patience: Duration,
-    ) -> Result<Self, PublisherError> {
+    pub(crate) fn new(settings: &KafkaSettings, window: usize, patience: Duration) -> Result<Self, PublisherError> {
         // Unbounded, yet never longer than the window: every report answers one message in it.
         let (sender, reports) = mpsc::unbounded_channel();
         let mut config = ClientConfig::new();
@@ -213,8 +209,12 @@ fn classify(error: &KafkaError) -> Fault {
     let Some(code) = error.rdkafka_error_code() else { return Fault::Broker };
     match code {
         Code::Fatal | Code::OutOfOrderSequenceNumber | Code::Fenced | Code::State => Fault::Producer,
-        Code::MessageSizeTooLarge | Code::InvalidMessage | Code::InvalidMessageSize | Code::InvalidRecord
-        | Code::BadMessage | Code::InvalidArgument => Fault::Message,
+        Code::MessageSizeTooLarge
+        | Code::InvalidMessage
+        | Code::InvalidMessageSize
+        | Code::InvalidRecord
+        | Code::BadMessage
+        | Code::InvalidArgument => Fault::Message,
         Code::UnknownTopic
         | Code::UnknownTopicOrPartition
         | Code::UnknownPartition
@@ -258,14 +258,8 @@ mod tests {
     #[test]
     fn settings_that_would_break_the_promises_are_refused() {
         for property in GUARDED {
-            let settings = KafkaSettings {
-                brokers: "127.0.0.1:1".into(),
-                client: vec![(property.into(), "0".into())],
-            };
-            assert!(matches!(
-                Publisher::new(&settings, 10, Duration::from_secs(1)),
-                Err(PublisherError::Guarded(_))
-            ));
+            let settings = KafkaSettings { brokers: "127.0.0.1:1".into(), client: vec![(property.into(), "0".into())] };
+            assert!(matches!(Publisher::new(&settings, 10, Duration::from_secs(1)), Err(PublisherError::Guarded(_))));
         }
     }
 

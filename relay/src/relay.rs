@@ -8,7 +8,7 @@ use std::{
 
 use sqlx::postgres::PgPool;
 use tokio::time::sleep;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     lanes::{LeaseKeeper, Ownership},
@@ -53,11 +53,12 @@ impl Relay {
     /// Runs until `shutdown`, then waits for what is in flight (at most one lease), archives it and
     /// gives its lanes back, so that another relay goes on at once.
     ///
-    /// Fails at once where the producer's settings are refused; nothing later makes it return.
+    /// Fails at once where the producer's settings are refused; nothing later makes it return. Dropped
+    /// before it returns, it stops on the spot, as if the process had died.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), PublisherError> {
         self.publisher()?;
         let keeper_stop = CancellationToken::new();
-        let keeper = tokio::spawn(keep_lease(
+        let keeper = spawn(keep_lease(
             LeaseKeeper::new(
                 self.ownership.clone(),
                 self.settings.name.clone(),
@@ -68,14 +69,13 @@ impl Relay {
             self.settings.lease,
             keeper_stop.clone(),
         ));
-        let listener = tokio::spawn(self.wake.clone().listen(self.pool.clone(), shutdown.clone()));
+        let listener = spawn(self.wake.clone().listen(self.pool.clone(), shutdown.clone()));
         let relay = Arc::new(self);
-        let workers = TaskTracker::new();
-        for index in 0..relay.settings.workers {
-            workers.spawn(supervise(relay.clone(), index, shutdown.clone()));
+        let workers: Vec<_> =
+            (0..relay.settings.workers).map(|index| spawn(supervise(relay.clone(), index, shutdown.clone()))).collect();
+        for worker in workers {
+            let _ = worker.await;
         }
-        workers.close();
-        workers.wait().await;
         keeper_stop.cancel();
         let _ = tokio::join!(keeper, listener);
         Ok(())
@@ -91,6 +91,10 @@ impl Relay {
     fn patience(&self) -> Duration {
         self.settings.lease.max(Duration::from_secs(10))
     }
+}
+
+fn spawn<T: Send + 'static>(task: impl Future<Output = T> + Send + 'static) -> AbortOnDropHandle<T> {
+    AbortOnDropHandle::new(tokio::spawn(task))
 }
 
 /// Keeps one worker going. A worker that panics is replaced, and its lanes come under suspicion as
@@ -113,7 +117,7 @@ async fn supervise(relay: Arc<Relay>, index: usize, shutdown: CancellationToken)
             publisher,
             relay.wake.subscribe(),
         );
-        let Err(failure) = tokio::spawn(worker.run(shutdown.clone())).await else { continue };
+        let Err(failure) = spawn(worker.run(shutdown.clone())).await else { continue };
         tracing::error!(worker = index, %failure, "relay worker died; its lanes are under suspicion");
         metrics::counter!("outbox_worker_deaths_total").increment(1);
         if let Ok(mut conn) = relay.pool.acquire().await {

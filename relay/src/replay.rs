@@ -61,13 +61,17 @@ pub enum ReplayError {
 ///
 /// Wake the relay after the commit.
 pub async fn replay(conn: &mut PgConnection, row_id: i64, force: bool) -> Result<Replayed, ReplayError> {
-    let parked: Option<String> =
-        sqlx::query_scalar("select key from outbox_parked where id = $1").bind(row_id).fetch_optional(&mut *conn).await?;
+    let parked: Option<String> = sqlx::query_scalar("select key from outbox_parked where id = $1")
+        .bind(row_id)
+        .fetch_optional(&mut *conn)
+        .await?;
     if let Some(key) = parked {
         return Ok(unpark(conn, &key).await?);
     }
-    let archived: Option<(String, i64)> =
-        sqlx::query_as("select key, seq from outbox_archive where id = $1").bind(row_id).fetch_optional(&mut *conn).await?;
+    let archived: Option<(String, i64)> = sqlx::query_as("select key, seq from outbox_archive where id = $1")
+        .bind(row_id)
+        .fetch_optional(&mut *conn)
+        .await?;
     match archived {
         Some((key, seq)) => send_again(conn, row_id, &key, seq, force).await,
         None => Err(match pending(conn, row_id).await? {

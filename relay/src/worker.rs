@@ -166,7 +166,11 @@ impl Worker {
     /// Trust has run out: whatever another relay may own by now must not be sent any more.
     fn surrender(&mut self) {
         if self.window.len() > 0 {
-            tracing::warn!(worker = self.index, rows = self.window.len(), "lease not renewed in time: giving up what is in flight");
+            tracing::warn!(
+                worker = self.index,
+                rows = self.window.len(),
+                "lease not renewed in time: giving up what is in flight"
+            );
             self.publisher.purge();
             while self.publisher.report_now().is_some() {}
         }
@@ -396,7 +400,11 @@ impl Worker {
             Fault::Message => self.unsendable.push((row, failure.reason)),
             Fault::Topic => {
                 if self.topics.hold(&row.topic, now) {
-                    tracing::warn!(topic = row.topic, reason = failure.reason, "topic paused: create it, or allow this client to write to it");
+                    tracing::warn!(
+                        topic = row.topic,
+                        reason = failure.reason,
+                        "topic paused: create it, or allow this client to write to it"
+                    );
                 }
             }
             Fault::Broker => {
@@ -411,7 +419,11 @@ impl Worker {
     fn replace_producer(&mut self, reason: &str) {
         tracing::error!(worker = self.index, reason, "the Kafka producer is dead; making a new one");
         metrics::counter!("outbox_producers_replaced_total").increment(1);
-        match Publisher::new(&self.settings.kafka, self.settings.batch, self.settings.lease.max(Duration::from_secs(10))) {
+        match Publisher::new(
+            &self.settings.kafka,
+            self.settings.batch,
+            self.settings.lease.max(Duration::from_secs(10)),
+        ) {
             Ok(publisher) => {
                 let dead = std::mem::replace(&mut self.publisher, publisher);
                 std::thread::spawn(move || drop(dead));
@@ -435,7 +447,11 @@ impl Worker {
         let archived = delivery::finish(&mut conn, trusted.relay_id, &terms, &self.sent).await?;
         if archived.len() < self.sent.len() {
             let fenced = self.sent.len() - archived.len();
-            tracing::warn!(worker = self.index, fenced, "rows were sent under a term that is over; the lane's owner sends them again");
+            tracing::warn!(
+                worker = self.index,
+                fenced,
+                "rows were sent under a term that is over; the lane's owner sends them again"
+            );
             metrics::counter!("outbox_fenced_writes_total").increment(fenced as u64);
         }
         self.window.archived(self.sent.drain(..).map(|row| row.id));
@@ -462,7 +478,11 @@ impl Worker {
             match parked.await {
                 Ok(rows) => {
                     tracing::error!(
-                        outbox.row = row.id, key = row.key, topic = row.topic, rows, reason,
+                        outbox.row = row.id,
+                        key = row.key,
+                        topic = row.topic,
+                        rows,
+                        reason,
                         "parked: this message and everything behind it in its key waits for an operator"
                     );
                     metrics::counter!("outbox_parked_total").increment(rows);

@@ -139,7 +139,12 @@ impl<F: Flows> Orchestrator<F> {
             let attempt = tokio::spawn(async move { orchestrator.receive(&pool_, &message_).await }).await;
             match attempt {
                 Ok(Ok(outcome)) => {
-                    tracing::debug!(topic = message.topic, offset = message.offset, outcome = outcome.as_str(), "reply taken in");
+                    tracing::debug!(
+                        topic = message.topic,
+                        offset = message.offset,
+                        outcome = outcome.as_str(),
+                        "reply taken in"
+                    );
                     return true;
                 }
                 Ok(Err(error)) => self.explain(message, &error),

@@ -27,7 +27,7 @@
 //! - [`store`]: the SQL of `saga_state` and `saga_log`.
 //! - [`orchestrator`]: start a saga, carry decisions out.
 //! - [`reply`]: read a reply, pure; `replies`: take one in; `consumer`: from Kafka.
-//! - [`deadlines`]: silence.
+//! - [`deadlines`]: what is done about silence.
 //! - [`admin`]: what operators see.
 
 pub mod admin;

@@ -208,9 +208,7 @@ pub fn decide(definition: &Definition, at: Position, event: &Event) -> Decision 
             Settlement::AlreadyDone | Settlement::DoneNow => {
                 answered(definition, at, &Answer::Done, Evidence::BackCheck)
             }
-            Settlement::Refused(why) => {
-                answered(definition, at, &Answer::Refused(why.clone()), Evidence::BackCheck)
-            }
+            Settlement::Refused(why) => answered(definition, at, &Answer::Refused(why.clone()), Evidence::BackCheck),
             Settlement::Ambiguous(why) => Decision::Move(stuck(at, why.clone())),
             Settlement::NoAnswer(_) => Decision::Move(waiting(at, Running, Deadline::BackOff)),
             Settlement::GaveUp(why) => {
@@ -330,8 +328,7 @@ mod tests {
     }
 
     fn any_event() -> impl Strategy<Value = Event> {
-        let recourse =
-            prop_oneof![Just(Recourse::Ask), Just(Recourse::AssumeCompleted), Just(Recourse::NeedsOperator)];
+        let recourse = prop_oneof![Just(Recourse::Ask), Just(Recourse::AssumeCompleted), Just(Recourse::NeedsOperator)];
         let settlement = prop_oneof![
             Just(Settlement::AlreadyDone),
             Just(Settlement::DoneNow),

@@ -211,7 +211,11 @@ impl<F: Flows> Orchestrator<F> {
             Decision::Defer => Ok(Some(Handled::Deferred)),
             Decision::Ignore(why) => {
                 store::count_event(conn, &saga).await?;
-                store::log(conn, source.line(&saga, saga.status, event, json!({ "effect": "none", "why": format!("{why:?}") }))).await?;
+                store::log(
+                    conn,
+                    source.line(&saga, saga.status, event, json!({ "effect": "none", "why": format!("{why:?}") })),
+                )
+                .await?;
                 Ok(Some(Handled::Ignored(why)))
             }
             Decision::Move(transition) => {
@@ -275,7 +279,8 @@ impl<F: Flows> Orchestrator<F> {
                 reason = transition.stuck_reason, "saga is stuck: an operator is needed"
             );
         }
-        metrics::counter!("saga_transitions_total", "saga" => definition.name, "to" => transition.to.as_str()).increment(1);
+        metrics::counter!("saga_transitions_total", "saga" => definition.name, "to" => transition.to.as_str())
+            .increment(1);
         Ok(transition.to)
     }
 

@@ -101,7 +101,9 @@ impl<F: Flows> Orchestrator<F> {
         let Conclusion { outcome, detail, saga_id } = conclusion;
         if matches!(outcome, Outcome::Unknown | Outcome::Unexpected | Outcome::Rejected) {
             tracing::warn!(
-                message.key = message_key, outcome = outcome.as_str(), detail,
+                message.key = message_key,
+                outcome = outcome.as_str(),
+                detail,
                 "a reply took no effect; it is kept in the inbox"
             );
         }
@@ -158,7 +160,8 @@ impl<F: Flows> Orchestrator<F> {
         topic: &str,
         naming: &Naming,
     ) -> Result<Result<Saga, Conclusion>, SagaError> {
-        let none = |detail: String| Ok(Err(Conclusion { outcome: Outcome::Unknown, detail: Some(detail), saga_id: None }));
+        let none =
+            |detail: String| Ok(Err(Conclusion { outcome: Outcome::Unknown, detail: Some(detail), saga_id: None }));
         let saga_id = match &naming.by {
             NamedBy::SagaId(saga_id) => *saga_id,
             NamedBy::CorrelationId(correlation_id) => match store::by_correlation(conn, correlation_id).await? {
@@ -188,11 +191,18 @@ impl<F: Flows> Orchestrator<F> {
         };
         Ok(match disagrees {
             None => Ok(saga),
-            Some(detail) => Err(Conclusion { outcome: Outcome::Unexpected, detail: Some(detail), saga_id: Some(saga_id) }),
+            Some(detail) => {
+                Err(Conclusion { outcome: Outcome::Unexpected, detail: Some(detail), saga_id: Some(saga_id) })
+            }
         })
     }
 
-    async fn open_saga_about(&self, conn: &mut PgConnection, topic: &str, subject: &str) -> Result<Vec<Uuid>, SagaError> {
+    async fn open_saga_about(
+        &self,
+        conn: &mut PgConnection,
+        topic: &str,
+        subject: &str,
+    ) -> Result<Vec<Uuid>, SagaError> {
         let mut found = vec![];
         for definition in self.kinds_replying_on(topic) {
             found.extend(store::open_by_subject(conn, definition.name, subject).await?);

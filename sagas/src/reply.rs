@@ -72,9 +72,8 @@ pub(crate) fn naming(message: &Received) -> Result<Naming, String> {
     let value = value_of(message)?;
     let header = message.headers.get("saga-id").filter(|text| !text.is_empty());
     let field = present(&value, "sagaId");
-    let parse = |text: &str, place: &str| {
-        Uuid::parse_str(text).map_err(|_| format!("{place} is not a saga id (a UUID)"))
-    };
+    let parse =
+        |text: &str, place: &str| Uuid::parse_str(text).map_err(|_| format!("{place} is not a saga id (a UUID)"));
     let header = header.map(|text| parse(text, "the saga-id header")).transpose()?;
     let field = match field {
         None => None,
@@ -98,7 +97,9 @@ pub(crate) fn naming(message: &Received) -> Result<Naming, String> {
         (None, Some(correlation_id), _) => NamedBy::CorrelationId(correlation_id.clone()),
         (None, None, Some(subject)) => NamedBy::Subject(subject.clone()),
         (None, None, None) => {
-            return Err("it names no saga: no saga-id header, no sagaId or id in the value, no correlationId header".into());
+            return Err(
+                "it names no saga: no saga-id header, no sagaId or id in the value, no correlationId header".into()
+            );
         }
     };
     Ok(Naming { by, subject, correlation_id, causation_id })
@@ -206,9 +207,8 @@ mod tests {
 
     #[test]
     fn saga_reply_is_understood_only_from_the_participant() {
-        let verdict = |headers: &[(&str, &str)], payload| {
-            verdict(&message(headers, payload), Meaning::Either, "user-service")
-        };
+        let verdict =
+            |headers: &[(&str, &str)], payload| verdict(&message(headers, payload), Meaning::Either, "user-service");
         let service = [("service", "user-service")];
         assert_eq!(verdict(&service, r#"{"from":"user-service","status":"ok"}"#), Ok(Verdict::Step(Answer::Done)));
         assert_eq!(

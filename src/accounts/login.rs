@@ -58,11 +58,9 @@ pub async fn login(
     context: &RequestContext,
 ) -> Result<LoggedIn, LoginError> {
     let known = match &identifier {
-        Some(identifier) => db::on(&app.db, async |conn| {
-            users::credentials(conn, identifier).await
-        })
-        .await?
-        .filter(|known| sessions::may_sign_in(&known.user)),
+        Some(identifier) => db::on(&app.db, async |conn| users::credentials(conn, identifier).await)
+            .await?
+            .filter(|known| sessions::may_sign_in(&known.user)),
         None => None,
     };
     let stored = known.as_ref().map(|known| known.password_hash.as_str());
@@ -81,8 +79,7 @@ pub async fn login(
         }
         let agent = context.user_agent.as_deref();
         let session = sessions::open(&mut tx, &app.signer, Uuid::now_v7(), user.id, agent).await?;
-        db::sessions::revoke_oldest(&mut tx, user.id, SESSIONS_PER_USER, "too many sessions")
-            .await?;
+        db::sessions::revoke_oldest(&mut tx, user.id, SESSIONS_PER_USER, "too many sessions").await?;
         tx.commit().await?;
         Ok(Some((user, session)))
     })
@@ -94,8 +91,8 @@ pub async fn login(
     if verdict.needs_rehash {
         rehash(app, &known, password).await;
     }
-    let tokens = sessions::tokens(&app.signer, &user, &session)
-        .map_err(|error| LoginError::Unforeseen(error.into()))?;
+    let tokens =
+        sessions::tokens(&app.signer, &user, &session).map_err(|error| LoginError::Unforeseen(error.into()))?;
     metrics::counter!("auth_logins_total", "outcome" => "accepted").increment(1);
     Ok(LoggedIn { user, tokens })
 }
@@ -108,10 +105,7 @@ async fn rehash(app: &App, known: &Credentials, password: SecretString) {
     };
     let rehashed = async {
         let hash = app.hasher.hash(&password).await?;
-        db::on(&app.db, async |conn| {
-            users::replace_hash(conn, known, &hash).await
-        })
-        .await?;
+        db::on(&app.db, async |conn| users::replace_hash(conn, known, &hash).await).await?;
         Ok::<_, Box<dyn Error + Send + Sync>>(())
     };
     if let Err(error) = rehashed.await {

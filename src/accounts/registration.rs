@@ -83,16 +83,9 @@ pub enum RegisterError {
 ///
 /// The saga's id is chosen beforehand, so that a lost COMMIT can be looked up; made from the
 /// idempotency key, it is also what a repeated request is known by.
-pub async fn register(
-    app: &App,
-    new: NewAccount,
-    context: &RequestContext,
-) -> Result<Registered, RegisterError> {
+pub async fn register(app: &App, new: NewAccount, context: &RequestContext) -> Result<Registered, RegisterError> {
     let valid = Valid::check(new, app.config.passwords.min_length)?;
-    let keyed = context
-        .idempotency_key
-        .as_deref()
-        .map(|key| valid.saga_id(key));
+    let keyed = context.idempotency_key.as_deref().map(|key| valid.saga_id(key));
     if let Some(saga_id) = keyed
         && let Some(again) = repeat(app, &valid, saga_id, context).await?
     {
@@ -107,9 +100,7 @@ pub async fn register(
             Ok(registered)
         }
         // Two requests under one key at once: the other one was faster.
-        Err(conflict @ (RegisterError::EmailTaken | RegisterError::UsernameTaken))
-            if keyed.is_some() =>
-        {
+        Err(conflict @ (RegisterError::EmailTaken | RegisterError::UsernameTaken)) if keyed.is_some() => {
             repeat(app, &valid, saga_id, context).await?.ok_or(conflict)
         }
         Err(error) => Err(error),
@@ -130,27 +121,16 @@ impl Valid {
         let owner = username.as_ref().ok().zip(email.as_ref().ok());
         let password = Password::parse(new.password, min_password, owner);
         match (username, email, password) {
-            (Ok(username), Ok(email), Ok(password)) => Ok(Self {
-                username,
-                email,
-                password,
-            }),
+            (Ok(username), Ok(email), Ok(password)) => Ok(Self { username, email, password }),
             (username, email, password) => Err(RegisterError::Invalid(
-                [username.err(), email.err(), password.err()]
-                    .into_iter()
-                    .flatten()
-                    .collect(),
+                [username.err(), email.err(), password.err()].into_iter().flatten().collect(),
             )),
         }
     }
 
     /// The names are part of it: one key with other data is another registration.
     fn saga_id(&self, key: &str) -> Uuid {
-        let name = format!(
-            "{key}\0{}\0{}",
-            self.username.canonical(),
-            self.email.canonical()
-        );
+        let name = format!("{key}\0{}\0{}", self.username.canonical(), self.email.canonical());
         Uuid::new_v5(&IDEMPOTENCY, name.as_bytes())
     }
 }
@@ -169,23 +149,16 @@ async fn repeat(
     saga_id: Uuid,
     context: &RequestContext,
 ) -> Result<Option<Registered>, RegisterError> {
-    let (saga, created) = db::on(&app.db, async |conn| {
-        Ok((
-            store::find(conn, saga_id).await?,
-            users::created_by(conn, saga_id).await?,
-        ))
-    })
-    .await?;
+    let (saga, created) =
+        db::on(&app.db, async |conn| Ok((store::find(conn, saga_id).await?, users::created_by(conn, saga_id).await?)))
+            .await?;
     let created = match (saga, created) {
         (_, Some(created)) => created,
         (None, None) => return Ok(None),
         // Compensated, or deleted since by its owner.
         (Some(_), None) => return Err(RegisterError::TakenBack),
     };
-    let verdict = app
-        .hasher
-        .verify(valid.password.as_secret(), Some(&created.password_hash))
-        .await?;
+    let verdict = app.hasher.verify(valid.password.as_secret(), Some(&created.password_hash)).await?;
     if !verdict.matches {
         return Err(RegisterError::EmailTaken);
     }
@@ -209,11 +182,7 @@ async fn repeat(
         return Err(RegisterError::TakenBack);
     };
     let tokens = sessions::tokens(&app.signer, &user, &session).map_err(unforeseen)?;
-    Ok(Some(Registered {
-        user,
-        saga_id,
-        tokens,
-    }))
+    Ok(Some(Registered { user, saga_id, tokens }))
 }
 
 async fn write(
@@ -226,22 +195,10 @@ async fn write(
     let mut conn = app.db.acquire().await?;
     let prepared = timeout(PREPARE_PATIENCE, async {
         let mut tx = conn.begin().await?;
-        let new = NewUser {
-            username: &valid.username,
-            email: &valid.email,
-            password_hash,
-            create_saga_id: saga_id,
-        };
+        let new = NewUser { username: &valid.username, email: &valid.email, password_hash, create_saga_id: saga_id };
         let (user, transaction) = users::insert(&mut tx, &new).await?;
         let agent = context.user_agent.as_deref();
-        let session = sessions::open(
-            &mut tx,
-            &app.signer,
-            first_session_id(saga_id),
-            user.id,
-            agent,
-        )
-        .await?;
+        let session = sessions::open(&mut tx, &app.signer, first_session_id(saga_id), user.id, agent).await?;
         // Before the commit, so that a key that refuses to sign leaves nothing behind.
         let tokens = sessions::tokens(&app.signer, &user, &session).map_err(unforeseen)?;
         let new = NewSaga {
@@ -251,18 +208,8 @@ async fn write(
             correlation_id: context.correlation_id.clone(),
             traceparent: context.traceparent.clone(),
         };
-        app.sagas
-            .start(&mut tx, &create_user::DEFINITION, new)
-            .await?;
-        Ok::<_, RegisterError>((
-            tx,
-            Registered {
-                user,
-                saga_id,
-                tokens,
-            },
-            transaction,
-        ))
+        app.sagas.start(&mut tx, &create_user::DEFINITION, new).await?;
+        Ok::<_, RegisterError>((tx, Registered { user, saga_id, tokens }, transaction))
     });
     let Ok(prepared) = prepared.await else {
         conn.close_on_drop();
@@ -310,8 +257,7 @@ impl From<sqlx::Error> for RegisterError {
 impl From<SagaError> for RegisterError {
     fn from(error: SagaError) -> Self {
         match error {
-            SagaError::Database(error)
-            | SagaError::Append(outbox_relay::AppendError::Database(error)) => error.into(),
+            SagaError::Database(error) | SagaError::Append(outbox_relay::AppendError::Database(error)) => error.into(),
             error => unforeseen(error),
         }
     }

@@ -183,11 +183,19 @@ mod tests {
     #[test]
     fn a_token_is_its_operators_and_no_others() {
         let tokens = [token("ada", &[Scope::Read], "a-secret"), token("eve", &[Scope::Admin], "e-secret")];
-        let who = |values: &[&'static str]| Operator::identify(&headers(values), &tokens).map(|who| who.name().to_owned());
+        let who =
+            |values: &[&'static str]| Operator::identify(&headers(values), &tokens).map(|who| who.name().to_owned());
         assert_eq!(who(&["Bearer a-secret"]).as_deref(), Ok("ada"));
         assert_eq!(who(&["bearer  e-secret"]).as_deref(), Ok("eve"));
         assert_eq!(who(&["Bearer x"]), Err(AdminError::NoToken(NOT_KNOWN)));
-        for bad in [&["Basic a-secret"][..], &["Bearer"], &["Bearer "], &["a-secret"], &[], &["Bearer a-secret", "Bearer e-secret"]] {
+        for bad in [
+            &["Basic a-secret"][..],
+            &["Bearer"],
+            &["Bearer "],
+            &["a-secret"],
+            &[],
+            &["Bearer a-secret", "Bearer e-secret"],
+        ] {
             assert_eq!(who(bad), Err(AdminError::NoToken(NOT_SENT)), "{bad:?}");
         }
         assert_eq!(Operator::identify(&headers(&[]), &[]), Err(AdminError::NoToken(NOT_CONFIGURED)));

@@ -22,7 +22,7 @@ pub struct Attempt<'a> {
     pub action: &'static str,
     /// To what.
     pub target: &'a str,
-    /// Why.
+    /// Why; empty when the attempt is refused before that is looked at.
     pub reason: &'a str,
 }
 
@@ -33,13 +33,16 @@ impl Attempt<'_> {
             actor: self.operator.name(),
             action: self.action,
             target: self.target,
-            reason: Some(self.reason),
+            reason: Some(self.reason).filter(|reason| !reason.is_empty()),
             outcome,
             detail,
         };
         audit::insert(conn, &line).await?;
         tracing::info!(
-            actor = line.actor, action = line.action, target = line.target, outcome = outcome.as_str(),
+            actor = line.actor,
+            action = line.action,
+            target = line.target,
+            outcome = outcome.as_str(),
             "an operator's change"
         );
         Ok(())

@@ -50,11 +50,9 @@ impl AdminError {
         use StatusCode as S;
         match self {
             Self::NoToken(why) => (S::UNAUTHORIZED, "UNAUTHORIZED", (*why).to_owned()),
-            Self::ScopeTooSmall(needed) => (
-                S::FORBIDDEN,
-                "FORBIDDEN",
-                format!("This needs a token with the scope {:?}", needed.as_str()),
-            ),
+            Self::ScopeTooSmall(needed) => {
+                (S::FORBIDDEN, "FORBIDDEN", format!("This needs a token with the scope {:?}", needed.as_str()))
+            }
             Self::Validation(errors) => (
                 S::BAD_REQUEST,
                 "VALIDATION_ERROR",

@@ -10,9 +10,8 @@ use std::{
 };
 
 use axum::{
-    extract::{Extension, Request, State},
+    extract::{Extension, State},
     http::{HeaderMap, header},
-    middleware::Next,
     response::{IntoResponse, Response},
 };
 use metrics::gauge;
@@ -42,12 +41,6 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// The last look at the database. Scrapes that come at once share one look.
 #[derive(Debug, Clone, Default)]
 pub struct Scrapes(Arc<Mutex<Option<(Instant, String)>>>);
-
-/// Hands the one [`Scrapes`] of a router to its handler.
-pub async fn with_scrapes(State(scrapes): State<Scrapes>, mut request: Request, next: Next) -> Response {
-    request.extensions_mut().insert(scrapes);
-    next.run(request).await
-}
 
 /// `GET /metrics`
 pub async fn show(

@@ -18,7 +18,7 @@ mod sagas;
 use std::{any::Any, io, time::Duration};
 
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
     extract::DefaultBodyLimit,
     http::{HeaderValue, StatusCode, header},
     middleware::{from_fn, from_fn_with_state},
@@ -64,7 +64,7 @@ pub fn router(app: App) -> Router {
     let scraped = Router::new()
         .route("/metrics", get(metrics::show))
         .method_not_allowed_fallback(async || AdminError::MethodNotAllowed)
-        .layer(from_fn_with_state(metrics::Scrapes::default(), metrics::with_scrapes));
+        .layer(Extension(metrics::Scrapes::default()));
     let fixed = |name, value| SetResponseHeaderLayer::if_not_present(name, HeaderValue::from_static(value));
     scraped
         .merge(guarded)

@@ -1,11 +1,15 @@
 //! Looking at the outbox.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use base64::{Engine, engine::general_purpose::STANDARD};
 use outbox_relay::admin::{self as outbox, OutboxFilter, OutboxRow, RowStatus};
 use serde_json::{Value, json};
 
-use super::{Success, error::AdminError, params::Params};
+use super::{
+    Success,
+    error::AdminError,
+    params::{Id, Params},
+};
 use crate::{app::App, db};
 
 /// `GET /admin/outbox`
@@ -17,7 +21,7 @@ pub async fn list(State(app): State<App>, params: Params) -> Result<Success<Vec<
 }
 
 /// `GET /admin/outbox/{id}`
-pub async fn show(State(app): State<App>, Path(id): Path<String>) -> Result<Success<Value>, AdminError> {
+pub async fn show(State(app): State<App>, Id(id): Id) -> Result<Success<Value>, AdminError> {
     let number = row_id(&id)?;
     let row = db::on(&app.db, async |conn| outbox::show(conn, number).await).await?;
     match row {

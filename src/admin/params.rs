@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use axum::{
     body::Bytes,
-    extract::{FromRequest, FromRequestParts, Query, Request, rejection::BytesRejection},
+    extract::{FromRequest, FromRequestParts, Path, Query, Request, rejection::BytesRejection},
     http::{StatusCode, header, request::Parts},
 };
 use serde_json::{Map, Value};
@@ -77,7 +77,9 @@ impl Params {
     /// Nothing was wrong, and nothing is left.
     pub fn finish(self) -> Result<(), AdminError> {
         let mut errors = self.errors;
-        errors.extend(self.given.keys().map(|name| FieldError::new("query", format!("has an unknown parameter {name:?}"))));
+        errors.extend(
+            self.given.keys().map(|name| FieldError::new("query", format!("has an unknown parameter {name:?}"))),
+        );
         if errors.is_empty() { Ok(()) } else { Err(AdminError::Validation(errors)) }
     }
 }
@@ -93,6 +95,20 @@ impl<S: Send + Sync> FromRequestParts<S> for Params {
             params.add(name, value);
         }
         Ok(params)
+    }
+}
+
+/// The id in a path, whatever it is: the one who looks it up says that there is no such thing.
+#[derive(Debug)]
+pub struct Id(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Id {
+    type Rejection = AdminError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, AdminError> {
+        // Not text at all: no id of ours.
+        let path = Path::from_request_parts(parts, state).await;
+        path.map(|Path(id)| Self(id)).map_err(|_| AdminError::NoRoute)
     }
 }
 
@@ -153,7 +169,11 @@ impl Order {
             }
         };
         errors.extend(fields.keys().map(|name| FieldError::new("body", format!("has an unknown field {name:?}"))));
-        if errors.is_empty() { Ok(Self { reason, dry_run, force, filter }) } else { Err(AdminError::Validation(errors)) }
+        if errors.is_empty() {
+            Ok(Self { reason, dry_run, force, filter })
+        } else {
+            Err(AdminError::Validation(errors))
+        }
     }
 }
 
@@ -184,11 +204,8 @@ mod tests {
     use super::*;
 
     async fn params(query: &str) -> Result<Params, AdminError> {
-        let (mut parts, ()) = Request::builder()
-            .uri(format!("/admin/outbox?{query}"))
-            .body(())
-            .expect("a request")
-            .into_parts();
+        let (mut parts, ()) =
+            Request::builder().uri(format!("/admin/outbox?{query}")).body(()).expect("a request").into_parts();
         Params::from_request_parts(&mut parts, &()).await
     }
 

@@ -3,7 +3,7 @@
 //! Each call is one transaction with its line in the audit log. A dry run is the same transaction,
 //! rolled back: it tells what would happen, not what somebody thinks would.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use outbox_relay::{
     ReplayError, Replayed,
     admin::{self as outbox, OutboxFilter, RowStatus},
@@ -19,7 +19,7 @@ use super::{
     change::Attempt,
     error::AdminError,
     outbox::{filter, row_id, unknown},
-    params::{Order, Params},
+    params::{Id, Order, Params},
 };
 use crate::{
     app::App,
@@ -33,10 +33,11 @@ const ACTION: &str = "outbox.replay";
 pub async fn one(
     State(app): State<App>,
     operator: Operator,
-    Path(id): Path<String>,
+    Id(id): Id,
     order: Result<Order, AdminError>,
 ) -> Result<Success<Value>, AdminError> {
-    let target = format!("row {id}");
+    let number = row_id(&id)?;
+    let target = format!("row {number}");
     let reason = order.as_ref().map_or("", |order| order.reason.as_str());
     let attempt = Attempt { operator: &operator, action: ACTION, target: &target, reason };
     attempt.require(&app, Scope::Operate).await?;
@@ -44,7 +45,6 @@ pub async fn one(
     if order.force {
         attempt.require(&app, Scope::Admin).await?;
     }
-    let number = row_id(&id)?;
     if !order.filter.is_empty() {
         return Err(AdminError::field("filter", "belongs to POST /admin/outbox/replay"));
     }

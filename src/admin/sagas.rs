@@ -1,6 +1,6 @@
 //! Looking at sagas.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use saga_orchestrator::{
     Saga, Status,
     admin::{self as sagas, SagaFilter},
@@ -9,7 +9,11 @@ use saga_orchestrator::{
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{Success, error::AdminError, params::Params};
+use super::{
+    Success,
+    error::AdminError,
+    params::{Id, Params},
+};
 use crate::{app::App, db};
 
 /// `GET /admin/sagas`
@@ -29,7 +33,7 @@ pub async fn list(State(app): State<App>, mut params: Params) -> Result<Success<
 }
 
 /// `GET /admin/sagas/{id}`: the saga, with everything that happened to it.
-pub async fn show(State(app): State<App>, Path(id): Path<String>) -> Result<Success<Value>, AdminError> {
+pub async fn show(State(app): State<App>, Id(id): Id) -> Result<Success<Value>, AdminError> {
     let unknown = || AdminError::Unknown(format!("There is no saga {id:?}"));
     let saga_id: Uuid = id.parse().map_err(|_| unknown())?;
     let found = db::on(&app.db, async |conn| {

@@ -49,9 +49,7 @@ impl Scope {
 
     /// `None` for any other word.
     pub fn parse(word: &str) -> Option<Self> {
-        [Self::Read, Self::Operate, Self::Admin]
-            .into_iter()
-            .find(|scope| scope.as_str() == word)
+        [Self::Read, Self::Operate, Self::Admin].into_iter().find(|scope| scope.as_str() == word)
     }
 }
 
@@ -60,11 +58,7 @@ impl AdminConfig {
         let listen = vars.listen(("ADMIN_HOST", Ipv4Addr::LOCALHOST), ("ADMIN_PORT", 4004));
         let tokens = tokens(vars);
         let open_metrics = !vars.flag("METRICS_TOKEN_REQUIRED", false);
-        Some(Self {
-            listen: listen?,
-            tokens,
-            open_metrics,
-        })
+        Some(Self { listen: listen?, tokens, open_metrics })
     }
 }
 
@@ -91,15 +85,8 @@ impl AdminToken {
         let (name, rest) = entry.split_once(':')?;
         let (scopes, hash) = rest.split_once(':')?;
         let (name, sha256) = named_hash(name, hash)?;
-        let scopes = scopes
-            .split(['+', '|', ',', ' '])
-            .map(Scope::parse)
-            .collect::<Option<_>>()?;
-        Some(Self {
-            name,
-            scopes,
-            sha256,
-        })
+        let scopes = scopes.split(['+', '|', ',', ' ']).map(Scope::parse).collect::<Option<_>>()?;
+        Some(Self { name, scopes, sha256 })
     }
 }
 
@@ -109,11 +96,7 @@ pub(super) fn entries(list: Option<&SecretString>, colons: usize) -> Vec<String>
     let mut entries = Vec::new();
     let mut entry = String::new();
     for line in list.map_or("", |list| list.expose_secret()).lines() {
-        for piece in line
-            .split(',')
-            .map(str::trim)
-            .filter(|piece| !piece.is_empty())
-        {
+        for piece in line.split(',').map(str::trim).filter(|piece| !piece.is_empty()) {
             if !entry.is_empty() {
                 entry.push(',');
             }

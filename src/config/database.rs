@@ -24,11 +24,7 @@ impl DatabaseConfig {
     pub(super) fn read(vars: &mut Vars) -> Option<Self> {
         let seconds = Duration::from_secs;
         let pool_size = vars.number("DB_POOL_SIZE", 10, 1..=1000);
-        let acquire_timeout = vars.duration(
-            "DB_ACQUIRE_TIMEOUT",
-            seconds(3),
-            Duration::from_millis(100)..=seconds(60),
-        );
+        let acquire_timeout = vars.duration("DB_ACQUIRE_TIMEOUT", seconds(3), Duration::from_millis(100)..=seconds(60));
         let relay_pool_size = vars.number("RELAY_POOL_SIZE", 6, 2..=1000);
         let options = options(vars)?.application_name("auth-service").options([
             // A request that has waited this long has nobody waiting for it any more.
@@ -41,12 +37,7 @@ impl DatabaseConfig {
             ("tcp_keepalives_count", "3"),
             ("tcp_user_timeout", "30s"),
         ]);
-        Some(Self {
-            options,
-            pool_size,
-            acquire_timeout,
-            relay_pool_size,
-        })
+        Some(Self { options, pool_size, acquire_timeout, relay_pool_size })
     }
 }
 
@@ -98,11 +89,7 @@ fn options(vars: &mut Vars) -> Option<PgConnectOptions> {
     }
     let Some(url) = url else {
         let options = PgConnectOptions::new_without_pgpass();
-        let options = if host.starts_with('/') {
-            options.socket(&host)
-        } else {
-            options.host(&host)
-        };
+        let options = if host.starts_with('/') { options.socket(&host) } else { options.host(&host) };
         let options = options.port(port).database(&database).username(&username);
         return Some(match password {
             Some(password) => options.password(password.expose_secret()),
@@ -110,9 +97,7 @@ fn options(vars: &mut Vars) -> Option<PgConnectOptions> {
         });
     };
     let url = url.expose_secret().trim();
-    let scheme = ["postgres://", "postgresql://"]
-        .iter()
-        .any(|scheme| url.starts_with(scheme));
+    let scheme = ["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme));
     match PgConnectOptions::from_str(url) {
         Ok(options) if scheme && options.get_database().is_some() => Some(options),
         // The parser's own words could repeat a part of the password.

@@ -51,11 +51,7 @@ impl GrpcConfig {
         // The original's variable names the address its gateway dials: the port is ours to serve.
         let dialled = dialled(vars);
         let default_port = dialled.as_ref().map_or(50051, |(_, port)| *port);
-        let default_host = if guarded {
-            Ipv4Addr::UNSPECIFIED
-        } else {
-            Ipv4Addr::LOCALHOST
-        };
+        let default_host = if guarded { Ipv4Addr::UNSPECIFIED } else { Ipv4Addr::LOCALHOST };
         let host_chosen = vars.is_set("GRPC_HOST");
         let listen = vars.listen(("GRPC_HOST", default_host), ("GRPC_PORT", default_port))?;
 
@@ -77,13 +73,7 @@ impl GrpcConfig {
         if insecure && tls.is_none() {
             vars.warn("GRPC_INSECURE=true: tokens cross the network between us and the gateway in plaintext.");
         }
-        Some(Self {
-            listen,
-            tls,
-            caller_tokens,
-            insecure,
-            legacy_token_rpc,
-        })
+        Some(Self { listen, tls, caller_tokens, insecure, legacy_token_rpc })
     }
 }
 
@@ -103,11 +93,7 @@ impl GrpcTls {
             Some(text)
         };
         let certificate = file("GRPC_TLS_CERT", Nature::Public, &["CERTIFICATE"]);
-        let key = file(
-            "GRPC_TLS_KEY",
-            Nature::PrivateKey,
-            &["PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY"],
-        );
+        let key = file("GRPC_TLS_KEY", Nature::PrivateKey, &["PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY"]);
         let client_ca = file("GRPC_TLS_CLIENT_CA", Nature::Public, &["CERTIFICATE"]);
 
         let (has_cert, has_key) = (vars.is_set("GRPC_TLS_CERT"), vars.is_set("GRPC_TLS_KEY"));
@@ -121,23 +107,14 @@ impl GrpcTls {
                 );
             }
         }
-        Some(Self {
-            certificate: certificate?,
-            key: key?.into(),
-            client_ca,
-        })
+        Some(Self { certificate: certificate?, key: key?.into(), client_ca })
     }
 }
 
 fn dialled(vars: &mut Vars) -> Option<(String, u16)> {
     let raw = vars.optional("AUTH_SERVICE_GRPC_URL")?;
-    let address = raw
-        .split_once("://")
-        .map_or(raw.as_str(), |(_, rest)| rest)
-        .trim_matches('/');
-    let parsed = address
-        .rsplit_once(':')
-        .and_then(|(host, port)| Some((host.to_owned(), port.parse().ok()?)));
+    let address = raw.split_once("://").map_or(raw.as_str(), |(_, rest)| rest).trim_matches('/');
+    let parsed = address.rsplit_once(':').and_then(|(host, port)| Some((host.to_owned(), port.parse().ok()?)));
     if parsed.is_none() {
         vars.reject(
             "AUTH_SERVICE_GRPC_URL",
@@ -156,9 +133,7 @@ fn caller_tokens(vars: &mut Vars) -> Vec<CallerToken> {
     let raw = vars.secret("GRPC_CALLER_TOKENS");
     let mut tokens: Vec<CallerToken> = Vec::new();
     for (i, entry) in entries(raw.as_ref(), 1).into_iter().enumerate() {
-        let token = entry
-            .split_once(':')
-            .and_then(|(name, hash)| named_hash(name, hash));
+        let token = entry.split_once(':').and_then(|(name, hash)| named_hash(name, hash));
         match token {
             Some((name, sha256)) if tokens.iter().all(|token| token.name != name) => {
                 tokens.push(CallerToken { name, sha256 });

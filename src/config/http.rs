@@ -38,13 +38,7 @@ impl HttpConfig {
         let cookies = CookiePolicy::read(vars);
         let cors_origins = origins(vars);
         let rest_refresh = vars.flag("REST_REFRESH_ENABLED", false);
-        Some(Self {
-            listen: listen?,
-            cookies,
-            cors_origins,
-            body_limit: BODY_LIMIT,
-            rest_refresh,
-        })
+        Some(Self { listen: listen?, cookies, cors_origins, body_limit: BODY_LIMIT, rest_refresh })
     }
 }
 
@@ -62,10 +56,7 @@ impl CookiePolicy {
         if !secure && vars.profile == Profile::Production {
             vars.warn("COOKIE_SECURE=false: browsers will send the tokens over plain HTTP too.");
         }
-        Self {
-            secure,
-            host_prefix,
-        }
+        Self { secure, host_prefix }
     }
 }
 
@@ -76,11 +67,7 @@ pub(super) fn listen(vars: &mut Vars) -> Option<SocketAddr> {
 fn origins(vars: &mut Vars) -> Vec<String> {
     let raw = vars.optional("CORS_ORIGINS").unwrap_or_default();
     let mut origins = Vec::new();
-    for entry in raw
-        .split(',')
-        .map(str::trim)
-        .filter(|entry| !entry.is_empty())
-    {
+    for entry in raw.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
         match origin(entry) {
             Some(origin) => origins.push(origin),
             None => vars.reject(
@@ -97,12 +84,8 @@ fn origins(vars: &mut Vars) -> Vec<String> {
 /// As a browser writes it: no path, no slash at the end, lower case.
 fn origin(entry: &str) -> Option<String> {
     let uri: Uri = entry.parse().ok()?;
-    let scheme = uri
-        .scheme_str()
-        .filter(|scheme| matches!(*scheme, "http" | "https"))?;
-    let authority = uri
-        .authority()
-        .filter(|authority| !authority.as_str().contains(['@', '*']))?;
+    let scheme = uri.scheme_str().filter(|scheme| matches!(*scheme, "http" | "https"))?;
+    let authority = uri.authority().filter(|authority| !authority.as_str().contains(['@', '*']))?;
     let bare = uri.path() == "/" && uri.query().is_none();
     bare.then(|| format!("{scheme}://{}", authority.as_str().to_ascii_lowercase()))
 }

@@ -37,12 +37,7 @@ impl KafkaConfig {
         let client_id = name("KAFKA_CLIENT_ID", "auth-service");
         let mut client = vec![("client.id".to_owned(), client_id)];
         client.extend(security(vars));
-        (vars.errors.len() == errors).then_some(Self {
-            brokers,
-            group_id,
-            topic_prefix,
-            client,
-        })
+        (vars.errors.len() == errors).then_some(Self { brokers, group_id, topic_prefix, client })
     }
 }
 
@@ -65,24 +60,12 @@ fn brokers(vars: &mut Vars) -> String {
         return String::new();
     };
     let mut brokers = Vec::new();
-    for broker in raw
-        .split(',')
-        .map(str::trim)
-        .filter(|broker| !broker.is_empty())
-    {
+    for broker in raw.split(',').map(str::trim).filter(|broker| !broker.is_empty()) {
         let (host, port) = broker.rsplit_once(':').unwrap_or((broker, "9092"));
-        let host_is_plain = host
-            .chars()
-            .all(|c| is_name(c) || matches!(c, '[' | ']' | ':'));
+        let host_is_plain = host.chars().all(|c| is_name(c) || matches!(c, '[' | ']' | ':'));
         match port.parse::<u16>() {
-            Ok(port) if port > 0 && !host.is_empty() && host_is_plain => {
-                brokers.push(format!("{host}:{port}"))
-            }
-            _ => vars.reject(
-                "KAFKA_BROKERS",
-                format!("names {}, which is no host:port", quoted(broker)),
-                way_out,
-            ),
+            Ok(port) if port > 0 && !host.is_empty() && host_is_plain => brokers.push(format!("{host}:{port}")),
+            _ => vars.reject("KAFKA_BROKERS", format!("names {}, which is no host:port", quoted(broker)), way_out),
         }
     }
     brokers.join(",")
@@ -91,20 +74,11 @@ fn brokers(vars: &mut Vars) -> String {
 fn security(vars: &mut Vars) -> Vec<(String, String)> {
     let protocol = vars.choice(
         "KAFKA_SECURITY_PROTOCOL",
-        &[
-            ("plaintext", "plaintext"),
-            ("ssl", "ssl"),
-            ("sasl_plaintext", "sasl_plaintext"),
-            ("sasl_ssl", "sasl_ssl"),
-        ],
+        &[("plaintext", "plaintext"), ("ssl", "ssl"), ("sasl_plaintext", "sasl_plaintext"), ("sasl_ssl", "sasl_ssl")],
     );
     let mechanism = vars.choice(
         "KAFKA_SASL_MECHANISM",
-        &[
-            ("PLAIN", "PLAIN"),
-            ("SCRAM-SHA-256", "SCRAM-SHA-256"),
-            ("SCRAM-SHA-512", "SCRAM-SHA-512"),
-        ],
+        &[("PLAIN", "PLAIN"), ("SCRAM-SHA-256", "SCRAM-SHA-256"), ("SCRAM-SHA-512", "SCRAM-SHA-512")],
     );
     let username = vars.optional("KAFKA_SASL_USERNAME");
     let password = vars.secret("KAFKA_SASL_PASSWORD");
@@ -119,16 +93,9 @@ fn security(vars: &mut Vars) -> Vec<(String, String)> {
         );
         return Vec::new();
     }
-    for (name, set) in [
-        ("KAFKA_SASL_USERNAME", username.is_some()),
-        ("KAFKA_SASL_PASSWORD", password.is_some()),
-    ] {
+    for (name, set) in [("KAFKA_SASL_USERNAME", username.is_some()), ("KAFKA_SASL_PASSWORD", password.is_some())] {
         if sasl && !set {
-            vars.reject(
-                name,
-                format!("is not set, and KAFKA_SECURITY_PROTOCOL is {protocol}"),
-                "Set it",
-            );
+            vars.reject(name, format!("is not set, and KAFKA_SECURITY_PROTOCOL is {protocol}"), "Set it");
         }
         // Credentials that are silently unused would be a connection nobody meant to open.
         if !sasl && set {
@@ -157,10 +124,7 @@ fn security(vars: &mut Vars) -> Vec<(String, String)> {
         settings.push(("sasl.password", password.expose_secret().to_owned()));
     }
     settings.extend(ca.map(|path| ("ssl.ca.location", path)));
-    settings
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect()
+    settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
 fn is_name(c: char) -> bool {

@@ -32,25 +32,13 @@ impl PasswordConfig {
         let max_wait = vars.duration("HASH_MAX_WAIT", seconds(10), seconds(0)..=seconds(120));
         let min_length = vars.number("PASSWORD_MIN_LENGTH", 8, 8..=128);
         let pepper = vars.secret("PASSWORD_PEPPER");
-        if pepper
-            .as_ref()
-            .is_some_and(|pepper| pepper.expose_secret().len() < MIN_PEPPER_BYTES)
-        {
+        if pepper.as_ref().is_some_and(|pepper| pepper.expose_secret().len() < MIN_PEPPER_BYTES) {
             vars.reject(
                 "PASSWORD_PEPPER",
                 format!("is shorter than {MIN_PEPPER_BYTES} bytes"),
                 "Make one with: openssl rand -base64 32. Keep it: without it no password made with it can be checked",
             );
         }
-        Self {
-            hasher: HasherSettings {
-                cost,
-                pepper,
-                threads,
-                queue,
-                max_wait,
-            },
-            min_length,
-        }
+        Self { hasher: HasherSettings { cost, pepper, threads, queue, max_wait }, min_length }
     }
 }

@@ -22,10 +22,6 @@ impl RetentionConfig {
         let archive = vars.duration("ARCHIVE_RETENTION", 30 * DAY, HOUR..=LONGEST);
         let inbox = vars.duration("INBOX_RETENTION", 30 * DAY, HOUR..=LONGEST);
         let sagas = vars.duration("SAGA_RETENTION", Duration::ZERO, Duration::ZERO..=LONGEST);
-        Self {
-            archive,
-            inbox,
-            sagas: (!sagas.is_zero()).then_some(sagas),
-        }
+        Self { archive, inbox, sagas: (!sagas.is_zero()).then_some(sagas) }
     }
 }

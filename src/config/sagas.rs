@@ -33,51 +33,28 @@ pub enum SilencePolicy {
 impl SagaConfig {
     pub(super) fn read(vars: &mut Vars) -> Self {
         let (millis, seconds) = (Duration::from_millis, Duration::from_secs);
-        let step_timeout = vars.duration(
-            "SAGA_STEP_TIMEOUT",
-            seconds(30),
-            millis(100)..=seconds(86_400),
-        );
-        let resolve_backoff = vars.duration(
-            "SAGA_RESOLVE_BACKOFF",
-            seconds(5),
-            millis(10)..=seconds(300),
-        );
+        let step_timeout = vars.duration("SAGA_STEP_TIMEOUT", seconds(30), millis(100)..=seconds(86_400));
+        let resolve_backoff = vars.duration("SAGA_RESOLVE_BACKOFF", seconds(5), millis(10)..=seconds(300));
         let resolve_attempts = vars.number("SAGA_RESOLVE_ATTEMPTS", 10, 1..=10_000);
         let silence_policy = vars.choice(
             "SAGA_SILENCE_POLICY",
-            &[
-                ("stuck", SilencePolicy::Stuck),
-                ("assume-completed", SilencePolicy::AssumeCompleted),
-            ],
+            &[("stuck", SilencePolicy::Stuck), ("assume-completed", SilencePolicy::AssumeCompleted)],
         );
         let participant = vars.text("SAGA_PARTICIPANT", "user-service");
         let user_service_url = user_service_url(vars);
         if user_service_url.is_some() && vars.is_set("SAGA_SILENCE_POLICY") {
             vars.warn("SAGA_SILENCE_POLICY has no effect: USER_SERVICE_GRPC_URL is set, so user-service is asked.");
         }
-        Self {
-            step_timeout,
-            resolve_backoff,
-            resolve_attempts,
-            silence_policy,
-            participant,
-            user_service_url,
-        }
+        Self { step_timeout, resolve_backoff, resolve_attempts, silence_policy, participant, user_service_url }
     }
 }
 
 /// The original gives `host:port`; a scheme is ours to add.
 fn user_service_url(vars: &mut Vars) -> Option<String> {
     let raw = vars.optional("USER_SERVICE_GRPC_URL")?;
-    let url = if raw.contains("://") {
-        raw.clone()
-    } else {
-        format!("http://{raw}")
-    };
+    let url = if raw.contains("://") { raw.clone() } else { format!("http://{raw}") };
     let good = url.parse::<Uri>().is_ok_and(|uri| {
-        matches!(uri.scheme_str(), Some("http" | "https"))
-            && uri.host().is_some_and(|host| !host.is_empty())
+        matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some_and(|host| !host.is_empty())
     });
     if !good {
         vars.reject(

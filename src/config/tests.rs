@@ -21,12 +21,8 @@ fn vars(more: &[(&str, &str)]) -> Vec<(String, String)> {
         ("REFRESH_TOKEN_PRIVATE_KEY", SECOND.private.expose_secret()),
         ("REFRESH_TOKEN_PUBLIC_KEY", &SECOND.public),
     ];
-    let kept = base
-        .iter()
-        .filter(|(name, _)| more.iter().all(|(other, _)| name != other));
-    kept.chain(more)
-        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
-        .collect()
+    let kept = base.iter().filter(|(name, _)| more.iter().all(|(other, _)| name != other));
+    kept.chain(more).map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
 }
 
 fn config(more: &[(&str, &str)]) -> Config {
@@ -36,14 +32,7 @@ fn config(more: &[(&str, &str)]) -> Config {
 /// The variables complained about, and the whole text.
 fn errors(more: &[(&str, &str)]) -> (Vec<String>, String) {
     let errors = Config::from_vars(vars(more), Profile::Production).expect_err("refused");
-    (
-        errors
-            .0
-            .iter()
-            .map(|error| error.variable.clone())
-            .collect(),
-        errors.to_string(),
-    )
+    (errors.0.iter().map(|error| error.variable.clone()).collect(), errors.to_string())
 }
 
 #[test]
@@ -65,36 +54,14 @@ fn the_originals_environment_is_enough() {
     assert_eq!(config.tokens.access_ttl, Duration::from_secs(900));
     assert_eq!(config.tokens.refresh_ttl, Duration::from_secs(604_800));
     assert_eq!(config.passwords.hasher.cost, 10);
-    assert_eq!(
-        (
-            config.database.options.get_host(),
-            config.database.options.get_port()
-        ),
-        ("db", 5433)
-    );
-    assert_eq!(
-        config.sagas.user_service_url.as_deref(),
-        Some("http://user-service:50052")
-    );
+    assert_eq!((config.database.options.get_host(), config.database.options.get_port()), ("db", 5433));
+    assert_eq!(config.sagas.user_service_url.as_deref(), Some("http://user-service:50052"));
     assert_eq!(config.kafka.brokers, "kafka-1:9092,kafka-2:9092");
     assert_eq!(config.http.listen.to_string(), "0.0.0.0:4010");
-    assert_eq!(
-        config.http.cookies,
-        CookiePolicy {
-            secure: false,
-            host_prefix: false
-        }
-    );
+    assert_eq!(config.http.cookies, CookiePolicy { secure: false, host_prefix: false });
     // Plaintext stays on this machine until somebody says otherwise, and a line says so.
     assert_eq!(config.grpc.listen.to_string(), "127.0.0.1:50055");
-    assert!(
-        config
-            .warnings
-            .iter()
-            .any(|line| line.contains("GRPC_INSECURE")),
-        "{:?}",
-        config.warnings
-    );
+    assert!(config.warnings.iter().any(|line| line.contains("GRPC_INSECURE")), "{:?}", config.warnings);
 }
 
 #[test]
@@ -107,13 +74,7 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!(config.tokens.refresh_ttl, Duration::from_secs(7 * 86_400));
     assert_eq!(config.passwords.hasher.cost, 12);
     assert_eq!(config.passwords.min_length, 8);
-    assert_eq!(
-        config.http.cookies,
-        CookiePolicy {
-            secure: true,
-            host_prefix: true
-        }
-    );
+    assert_eq!(config.http.cookies, CookiePolicy { secure: true, host_prefix: true });
     assert!(config.http.cors_origins.is_empty() && config.admin.tokens.is_empty());
     assert!(config.grpc.legacy_token_rpc && config.admin.open_metrics);
     assert_eq!(config.warnings, Vec::<String>::new());
@@ -121,16 +82,8 @@ fn the_defaults_are_those_of_the_contract() {
 
 #[test]
 fn every_error_is_reported_at_once_with_its_way_out() {
-    let errors = Config::from_vars(
-        [("PORT".to_owned(), "http".to_owned())],
-        Profile::Production,
-    )
-    .expect_err("refused");
-    let named: Vec<_> = errors
-        .0
-        .iter()
-        .map(|error| error.variable.as_str())
-        .collect();
+    let errors = Config::from_vars([("PORT".to_owned(), "http".to_owned())], Profile::Production).expect_err("refused");
+    let named: Vec<_> = errors.0.iter().map(|error| error.variable.as_str()).collect();
     for name in [
         "PORT",
         "DB_DATABASE",
@@ -141,11 +94,7 @@ fn every_error_is_reported_at_once_with_its_way_out() {
         "REFRESH_TOKEN_PRIVATE_KEY",
         "REFRESH_TOKEN_PUBLIC_KEY",
     ] {
-        assert_eq!(
-            named.iter().filter(|found| **found == name).count(),
-            1,
-            "{name} in {errors}"
-        );
+        assert_eq!(named.iter().filter(|found| **found == name).count(), 1, "{name} in {errors}");
     }
     assert_eq!(errors.to_string().lines().count(), errors.0.len());
     assert!(errors.to_string().contains(
@@ -227,39 +176,18 @@ fn an_empty_variable_is_one_that_is_not_set() {
 #[test]
 fn times_are_seconds_or_have_a_unit() {
     for (text, seconds) in [("900", 900), ("15m", 900), ("1h 30m", 5400), ("1d", 86_400)] {
-        assert_eq!(
-            config(&[("ACCESS_TOKEN_EXPIRES_IN", text)])
-                .tokens
-                .access_ttl
-                .as_secs(),
-            seconds,
-            "{text}"
-        );
+        assert_eq!(config(&[("ACCESS_TOKEN_EXPIRES_IN", text)]).tokens.access_ttl.as_secs(), seconds, "{text}");
     }
-    assert_eq!(
-        config(&[("RELAY_POLL", "250ms")]).relay.poll,
-        Duration::from_millis(250)
-    );
+    assert_eq!(config(&[("RELAY_POLL", "250ms")]).relay.poll, Duration::from_millis(250));
     assert_eq!(config(&[("SAGA_RETENTION", "0")]).retention.sagas, None);
 }
 
 #[test]
 fn a_url_wins_over_the_parts() {
-    let all = config(&[(
-        "DATABASE_URL",
-        "postgresql://u:p%40ss@elsewhere:6000/other?sslmode=disable",
-    )]);
+    let all = config(&[("DATABASE_URL", "postgresql://u:p%40ss@elsewhere:6000/other?sslmode=disable")]);
     let options = &all.database.options;
-    assert_eq!(
-        (
-            options.get_host(),
-            options.get_port(),
-            options.get_database()
-        ),
-        ("elsewhere", 6000, Some("other"))
-    );
-    let alone =
-        database([("DATABASE_URL".to_owned(), "postgres://u@h/d".to_owned())]).expect("enough");
+    assert_eq!((options.get_host(), options.get_port(), options.get_database()), ("elsewhere", 6000, Some("other")));
+    let alone = database([("DATABASE_URL".to_owned(), "postgres://u@h/d".to_owned())]).expect("enough");
     assert_eq!(alone.options.get_host(), "h");
 }
 
@@ -286,13 +214,9 @@ fn keys_come_from_files_too_and_a_private_one_is_not_for_everyone() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().join("access_private.pem");
     std::fs::write(&path, FIRST.private.expose_secret()).expect("written");
-    let set_mode =
-        |mode| std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).expect("set");
+    let set_mode = |mode| std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).expect("set");
     let path_text = path.to_str().expect("UTF-8");
-    let from_file = [
-        ("ACCESS_TOKEN_PRIVATE_KEY", ""),
-        ("ACCESS_TOKEN_PRIVATE_KEY_FILE", path_text),
-    ];
+    let from_file = [("ACCESS_TOKEN_PRIVATE_KEY", ""), ("ACCESS_TOKEN_PRIVATE_KEY_FILE", path_text)];
     set_mode(0o600);
     config(&from_file);
     set_mode(0o644);
@@ -313,12 +237,7 @@ fn a_secret_in_a_file_for_everyone_is_warned_of() {
     std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).expect("set");
     let path = path.to_str().expect("UTF-8");
     let warnings = config(&[("DB_PASSWORD", ""), ("DB_PASSWORD_FILE", path)]).warnings;
-    assert_eq!(
-        warnings,
-        [format!(
-            "DB_PASSWORD_FILE names {path}, which every user of this machine may read."
-        )]
-    );
+    assert_eq!(warnings, [format!("DB_PASSWORD_FILE names {path}, which every user of this machine may read.")]);
 }
 
 #[test]
@@ -326,38 +245,23 @@ fn every_fault_of_a_key_has_its_own_line() {
     let private = FIRST.private.expose_secret();
     for (name, value, expected) in [
         ("ACCESS_TOKEN_PRIVATE_KEY", "secret", "no PEM block"),
-        (
-            "ACCESS_TOKEN_PRIVATE_KEY",
-            FIRST.public.as_str(),
-            "exchanged",
-        ),
+        ("ACCESS_TOKEN_PRIVATE_KEY", FIRST.public.as_str(), "exchanged"),
         ("ACCESS_TOKEN_PUBLIC_KEY", private, "exchanged"),
         (
             "ACCESS_TOKEN_PRIVATE_KEY",
             SECOND.private.expose_secret(),
             "does not belong to any of the access public keys",
         ),
-        (
-            "REFRESH_TOKEN_PRIVATE_KEY",
-            private,
-            "does not belong to any of the refresh public keys",
-        ),
+        ("REFRESH_TOKEN_PRIVATE_KEY", private, "does not belong to any of the refresh public keys"),
     ] {
         let (named, text) = errors(&[(name, value)]);
         assert_eq!(named, [name], "{text}");
         assert!(text.contains(expected), "{text}");
     }
-    let shared = [
-        ("REFRESH_TOKEN_PRIVATE_KEY", private),
-        ("REFRESH_TOKEN_PUBLIC_KEY", FIRST.public.as_str()),
-    ];
+    let shared = [("REFRESH_TOKEN_PRIVATE_KEY", private), ("REFRESH_TOKEN_PUBLIC_KEY", FIRST.public.as_str())];
     assert_eq!(errors(&shared).0, ["REFRESH_TOKEN_PUBLIC_KEY"]);
     // Both halves wrong, and another pair as well: three lines.
-    let many = [
-        ("ACCESS_TOKEN_PRIVATE_KEY", "x"),
-        ("ACCESS_TOKEN_PUBLIC_KEY", "y"),
-        ("REFRESH_TOKEN_PUBLIC_KEY", "z"),
-    ];
+    let many = [("ACCESS_TOKEN_PRIVATE_KEY", "x"), ("ACCESS_TOKEN_PUBLIC_KEY", "y"), ("REFRESH_TOKEN_PUBLIC_KEY", "z")];
     assert_eq!(errors(&many).0.len(), 3);
 }
 
@@ -366,30 +270,15 @@ fn cheap_hashes_and_plain_cookies_are_for_developers() {
     let vars = vars(&[("SALT_ROUNDS", "4")]);
     let dev = Config::from_vars(vars.clone(), Profile::Dev).expect("accepted");
     assert_eq!(dev.passwords.hasher.cost, 4);
-    assert_eq!(
-        dev.http.cookies,
-        CookiePolicy {
-            secure: false,
-            host_prefix: false
-        }
-    );
+    assert_eq!(dev.http.cookies, CookiePolicy { secure: false, host_prefix: false });
     assert!(Config::from_vars(vars, Profile::Production).is_err());
 }
 
 #[test]
 fn a_host_prefix_needs_secure_cookies() {
-    assert_eq!(
-        errors(&[("COOKIE_SECURE", "false"), ("COOKIE_HOST_PREFIX", "true")]).0,
-        ["COOKIE_HOST_PREFIX"]
-    );
+    assert_eq!(errors(&[("COOKIE_SECURE", "false"), ("COOKIE_HOST_PREFIX", "true")]).0, ["COOKIE_HOST_PREFIX"]);
     let plain_names = config(&[("COOKIE_HOST_PREFIX", "false")]);
-    assert_eq!(
-        plain_names.http.cookies,
-        CookiePolicy {
-            secure: true,
-            host_prefix: false
-        }
-    );
+    assert_eq!(plain_names.http.cookies, CookiePolicy { secure: true, host_prefix: false });
 }
 
 #[test]
@@ -398,31 +287,21 @@ fn plaintext_grpc_leaves_the_machine_only_when_told_to() {
     assert_eq!(open.grpc.listen.to_string(), "0.0.0.0:50051");
     assert_eq!(open.warnings.len(), 1);
     assert_eq!(errors(&[("GRPC_HOST", "10.0.0.1")]).0, ["GRPC_HOST"]);
-    assert_eq!(
-        config(&[("GRPC_HOST", "::1")]).grpc.listen.to_string(),
-        "[::1]:50051"
-    );
+    assert_eq!(config(&[("GRPC_HOST", "::1")]).grpc.listen.to_string(), "[::1]:50051");
 }
 
 #[test]
 fn tls_for_grpc_needs_both_halves() {
     let dir = tempfile::tempdir().expect("a folder");
     let cert = dir.path().join("cert.pem");
-    std::fs::write(
-        &cert,
-        "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
-    )
-    .expect("written");
+    std::fs::write(&cert, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").expect("written");
     let cert = cert.to_str().expect("UTF-8");
     let (named, text) = errors(&[("GRPC_TLS_CERT", cert)]);
     assert_eq!(named, ["GRPC_TLS_KEY"], "{text}");
     let key = dir.path().join("key.pem");
     std::fs::write(&key, FIRST.private.expose_secret()).expect("written");
     std::fs::set_permissions(&key, PermissionsExt::from_mode(0o600)).expect("set");
-    let both = config(&[
-        ("GRPC_TLS_CERT", cert),
-        ("GRPC_TLS_KEY", key.to_str().expect("UTF-8")),
-    ]);
+    let both = config(&[("GRPC_TLS_CERT", cert), ("GRPC_TLS_KEY", key.to_str().expect("UTF-8"))]);
     assert!(both.grpc.tls.is_some());
     assert!(both.grpc.listen.ip().is_unspecified());
 }
@@ -438,48 +317,23 @@ fn listeners_may_not_share_a_port() {
 fn admin_tokens_are_read_in_every_spelling() {
     for text in [
         format!("ops:read+operate:{HASH},root:admin:{HASH}"),
-        format!(
-            "ops:read,operate:{HASH}, root:admin:{}",
-            HASH.to_uppercase()
-        ),
+        format!("ops:read,operate:{HASH}, root:admin:{}", HASH.to_uppercase()),
         format!("ops:read|operate:{HASH}\nroot:admin:{HASH}\n"),
     ] {
         let tokens = config(&[("ADMIN_TOKENS", &text)]).admin.tokens;
         assert_eq!(tokens.len(), 2, "{text}");
-        assert_eq!(
-            (tokens[0].name.as_str(), &tokens[0].scopes[..]),
-            ("ops", &[Scope::Read, Scope::Operate][..])
-        );
-        assert_eq!(
-            (tokens[1].name.as_str(), &tokens[1].scopes[..]),
-            ("root", &[Scope::Admin][..])
-        );
+        assert_eq!((tokens[0].name.as_str(), &tokens[0].scopes[..]), ("ops", &[Scope::Read, Scope::Operate][..]));
+        assert_eq!((tokens[1].name.as_str(), &tokens[1].scopes[..]), ("root", &[Scope::Admin][..]));
         assert_eq!((tokens[1].sha256[0], tokens[1].sha256[31]), (0x9f, 0x08));
     }
-    let callers = config(&[("GRPC_CALLER_TOKENS", &format!("gateway:{HASH},jobs:{HASH}"))])
-        .grpc
-        .caller_tokens;
-    assert_eq!(
-        callers
-            .iter()
-            .map(|caller| caller.name.as_str())
-            .collect::<Vec<_>>(),
-        ["gateway", "jobs"]
-    );
+    let callers = config(&[("GRPC_CALLER_TOKENS", &format!("gateway:{HASH},jobs:{HASH}"))]).grpc.caller_tokens;
+    assert_eq!(callers.iter().map(|caller| caller.name.as_str()).collect::<Vec<_>>(), ["gateway", "jobs"]);
 }
 
 #[test]
 fn origins_are_written_as_browsers_write_them() {
-    let origins = config(&[(
-        "CORS_ORIGINS",
-        "https://App.example.com/, http://localhost:3000",
-    )])
-    .http
-    .cors_origins;
-    assert_eq!(
-        origins,
-        ["https://app.example.com", "http://localhost:3000"]
-    );
+    let origins = config(&[("CORS_ORIGINS", "https://App.example.com/, http://localhost:3000")]).http.cors_origins;
+    assert_eq!(origins, ["https://app.example.com", "http://localhost:3000"]);
 }
 
 #[cfg(not(feature = "kafka-tls"))]
@@ -493,23 +347,14 @@ fn tls_to_kafka_needs_its_feature() {
 #[cfg(feature = "kafka-tls")]
 #[test]
 fn credentials_for_kafka_come_whole() {
-    let (named, text) = errors(&[
-        ("KAFKA_SECURITY_PROTOCOL", "SASL_SSL"),
-        ("KAFKA_SASL_USERNAME", "auth"),
-    ]);
+    let (named, text) = errors(&[("KAFKA_SECURITY_PROTOCOL", "SASL_SSL"), ("KAFKA_SASL_USERNAME", "auth")]);
     assert_eq!(named, ["KAFKA_SASL_PASSWORD"], "{text}");
     let config = config(&[
         ("KAFKA_SECURITY_PROTOCOL", "sasl_ssl"),
         ("KAFKA_SASL_USERNAME", "auth"),
         ("KAFKA_SASL_PASSWORD", "canary-kafka"),
     ]);
-    assert!(
-        config
-            .kafka
-            .client
-            .iter()
-            .any(|(name, _)| name == "sasl.password")
-    );
+    assert!(config.kafka.client.iter().any(|(name, _)| name == "sasl.password"));
     assert!(!format!("{config:?}{}", config.summary()).contains("canary"));
 }
 
@@ -523,10 +368,7 @@ fn no_secret_is_ever_shown() {
     ];
     let config = config(&canaries);
     let shown = format!("{config:?}\n{}", config.summary());
-    assert!(
-        !shown.contains("canary") && !shown.contains("BEGIN") && !shown.contains(HASH),
-        "{shown}"
-    );
+    assert!(!shown.contains("canary") && !shown.contains("BEGIN") && !shown.contains(HASH), "{shown}");
     assert!(config.summary().contains("PASSWORD_PEPPER=(hidden)\n"));
     assert!(config.summary().contains("PORT=4003  # default\n"));
 
@@ -561,23 +403,13 @@ fn example() -> (Lines, Lines) {
     let named = assignments.filter(|(name, _)| !name.contains(' '));
     let owned = named.map(|(name, value)| (name.to_owned(), value.to_owned()));
     let (defaults, set): (Lines, Lines) = owned.partition(|(name, _)| name.starts_with('#'));
-    (
-        defaults
-            .into_iter()
-            .map(|(name, value)| (name[1..].to_owned(), value))
-            .collect(),
-        set,
-    )
+    (defaults.into_iter().map(|(name, value)| (name[1..].to_owned(), value)).collect(), set)
 }
 
 #[test]
 fn the_example_names_every_variable_and_no_other() {
     let (defaults, set) = example();
-    let mut named: Vec<_> = defaults
-        .iter()
-        .chain(&set)
-        .map(|(name, _)| name.trim_end_matches("_FILE"))
-        .collect();
+    let mut named: Vec<_> = defaults.iter().chain(&set).map(|(name, _)| name.trim_end_matches("_FILE")).collect();
     let config = config(&[]);
     let mut read: Vec<_> = config.settings.iter().map(|setting| setting.name).collect();
     named.sort_unstable();
@@ -588,16 +420,8 @@ fn the_example_names_every_variable_and_no_other() {
 #[test]
 fn the_example_shows_the_real_defaults() {
     let (defaults, _) = example();
-    let defaults: Vec<_> = defaults
-        .iter()
-        .map(|(name, value)| (name.as_str(), value.as_str()))
-        .collect();
-    let values = |config: Config| {
-        config
-            .settings
-            .into_iter()
-            .map(|setting| (setting.name, setting.value))
-            .collect::<Vec<_>>()
-    };
+    let defaults: Vec<_> = defaults.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    let values =
+        |config: Config| config.settings.into_iter().map(|setting| (setting.name, setting.value)).collect::<Vec<_>>();
     assert_eq!(values(config(&defaults)), values(config(&[])));
 }

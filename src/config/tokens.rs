@@ -11,23 +11,11 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 
 pub(super) fn settings(vars: &mut Vars) -> TokenSettings {
     let seconds = Duration::from_secs;
-    let access_ttl = vars.duration(
-        "ACCESS_TOKEN_EXPIRES_IN",
-        seconds(15 * 60),
-        seconds(1)..=30 * DAY,
-    );
+    let access_ttl = vars.duration("ACCESS_TOKEN_EXPIRES_IN", seconds(15 * 60), seconds(1)..=30 * DAY);
     let refresh_ttl = vars.duration("REFRESH_TOKEN_EXPIRES_IN", 7 * DAY, seconds(1)..=400 * DAY);
     // A fleet whose refresh tokens live longer than our default meant it.
-    let session_ttl = vars.duration(
-        "SESSION_MAX_AGE",
-        refresh_ttl.max(30 * DAY),
-        seconds(1)..=3650 * DAY,
-    );
-    let reuse_window = vars.duration(
-        "REFRESH_REUSE_WINDOW",
-        seconds(30),
-        Duration::ZERO..=seconds(300),
-    );
+    let session_ttl = vars.duration("SESSION_MAX_AGE", refresh_ttl.max(30 * DAY), seconds(1)..=3650 * DAY);
+    let reuse_window = vars.duration("REFRESH_REUSE_WINDOW", seconds(30), Duration::ZERO..=seconds(300));
     let issuer = vars.text("TOKEN_ISSUER", "auth-service");
     let access_audience = vars.text("ACCESS_TOKEN_AUDIENCE", "fleet");
     let refresh_audience = format!("{issuer}/refresh");
@@ -38,30 +26,12 @@ pub(super) fn settings(vars: &mut Vars) -> TokenSettings {
             "Name who accepts access tokens, for example ACCESS_TOKEN_AUDIENCE=fleet",
         );
     }
-    TokenSettings {
-        issuer,
-        access_audience,
-        refresh_audience,
-        access_ttl,
-        refresh_ttl,
-        session_ttl,
-        reuse_window,
-    }
+    TokenSettings { issuer, access_audience, refresh_audience, access_ttl, refresh_ttl, session_ttl, reuse_window }
 }
 
 pub(super) fn signer(vars: &mut Vars, settings: &TokenSettings) -> Option<TokenSigner> {
-    let access = ring(
-        vars,
-        "access",
-        "ACCESS_TOKEN_PRIVATE_KEY",
-        "ACCESS_TOKEN_PUBLIC_KEY",
-    );
-    let refresh = ring(
-        vars,
-        "refresh",
-        "REFRESH_TOKEN_PRIVATE_KEY",
-        "REFRESH_TOKEN_PUBLIC_KEY",
-    );
+    let access = ring(vars, "access", "ACCESS_TOKEN_PRIVATE_KEY", "ACCESS_TOKEN_PUBLIC_KEY");
+    let refresh = ring(vars, "refresh", "REFRESH_TOKEN_PRIVATE_KEY", "REFRESH_TOKEN_PUBLIC_KEY");
     let signer = TokenSigner::new(access?, refresh?, settings.clone());
     accepted(vars, "REFRESH_TOKEN_PUBLIC_KEY", signer)
 }
@@ -74,10 +44,7 @@ fn ring(
 ) -> Option<KeyRing> {
     let private_text = vars.private_key(private_name);
     let public_text = vars.text_or_file(public_name);
-    for (name, set) in [
-        (private_name, private_text.is_some()),
-        (public_name, public_text.is_some()),
-    ] {
+    for (name, set) in [(private_name, private_text.is_some()), (public_name, public_text.is_some())] {
         // A file that could not be read has had its say.
         if !set && !vars.is_set(name) && !vars.is_set(&format!("{name}_FILE")) {
             vars.reject(
@@ -94,8 +61,7 @@ fn ring(
         let pem = SecretString::from(pem_text(text.expose_secret()));
         accepted(vars, private_name, PrivateKeys::parse(&pem))
     });
-    let public = public_text
-        .and_then(|text| accepted(vars, public_name, PublicKeys::parse(&pem_text(&text))));
+    let public = public_text.and_then(|text| accepted(vars, public_name, PublicKeys::parse(&pem_text(&text))));
     let ring = KeyRing::new(purpose, private?, public?);
     accepted(vars, private_name, ring)
 }
@@ -118,9 +84,6 @@ fn pem_text(raw: &str) -> String {
         return raw.replace("\\r", "").replace("\\n", "\n");
     }
     let compact: String = raw.split_whitespace().collect();
-    let decoded = STANDARD
-        .decode(compact)
-        .ok()
-        .and_then(|bytes| String::from_utf8(bytes).ok());
+    let decoded = STANDARD.decode(compact).ok().and_then(|bytes| String::from_utf8(bytes).ok());
     decoded.unwrap_or_else(|| raw.to_owned())
 }

@@ -31,29 +31,15 @@ pub(super) struct Setting {
 
 impl Vars {
     pub(super) fn new(vars: impl IntoIterator<Item = (String, String)>, profile: Profile) -> Self {
-        let values = vars
-            .into_iter()
-            .filter(|(_, value)| !value.trim().is_empty())
-            .collect();
-        Self {
-            profile,
-            errors: Vec::new(),
-            warnings: Vec::new(),
-            settings: Vec::new(),
-            values,
-        }
+        let values = vars.into_iter().filter(|(_, value)| !value.trim().is_empty()).collect();
+        Self { profile, errors: Vec::new(), warnings: Vec::new(), settings: Vec::new(), values }
     }
 
     pub(super) fn is_set(&self, name: &str) -> bool {
         self.values.contains_key(name)
     }
 
-    pub(super) fn reject(
-        &mut self,
-        variable: &str,
-        problem: impl Into<String>,
-        way_out: impl Into<String>,
-    ) {
+    pub(super) fn reject(&mut self, variable: &str, problem: impl Into<String>, way_out: impl Into<String>) {
         self.errors.push(ConfigError {
             variable: variable.to_owned(),
             problem: problem.into(),
@@ -96,36 +82,16 @@ impl Vars {
     }
 
     pub(super) fn text(&mut self, name: &'static str, default: &str) -> String {
-        self.parse(
-            name,
-            default.to_owned(),
-            String::clone,
-            |raw| Some(raw.to_owned()),
-            "",
-        )
+        self.parse(name, default.to_owned(), String::clone, |raw| Some(raw.to_owned()), "")
     }
 
-    pub(super) fn number<T>(
-        &mut self,
-        name: &'static str,
-        default: T,
-        range: RangeInclusive<T>,
-    ) -> T
+    pub(super) fn number<T>(&mut self, name: &'static str, default: T, range: RangeInclusive<T>) -> T
     where
         T: FromStr + PartialOrd + Display,
     {
-        let way_out = format!(
-            "Give a whole number from {} to {}, for example {name}={default}",
-            range.start(),
-            range.end()
-        );
-        self.parse(
-            name,
-            default,
-            T::to_string,
-            |raw| raw.parse().ok().filter(|n| range.contains(n)),
-            way_out,
-        )
+        let way_out =
+            format!("Give a whole number from {} to {}, for example {name}={default}", range.start(), range.end());
+        self.parse(name, default, T::to_string, |raw| raw.parse().ok().filter(|n| range.contains(n)), way_out)
     }
 
     /// A bare number means seconds.
@@ -158,42 +124,18 @@ impl Vars {
             "false" | "0" | "no" | "off" => Some(false),
             _ => None,
         };
-        self.parse(
-            name,
-            default,
-            bool::to_string,
-            parse,
-            format!("Give true or false, for example {name}={default}"),
-        )
+        self.parse(name, default, bool::to_string, parse, format!("Give true or false, for example {name}={default}"))
     }
 
     /// One of some words, in any case; the first is the default.
-    pub(super) fn choice<T: Copy + PartialEq>(
-        &mut self,
-        name: &'static str,
-        words: &[(&'static str, T)],
-    ) -> T {
+    pub(super) fn choice<T: Copy + PartialEq>(&mut self, name: &'static str, words: &[(&'static str, T)]) -> T {
         let all: Vec<_> = words.iter().map(|(word, _)| *word).collect();
         let show = |value: &T| {
-            words
-                .iter()
-                .find(|(_, meaning)| meaning == value)
-                .map(|(word, _)| (*word).to_owned())
-                .unwrap_or_default()
+            words.iter().find(|(_, meaning)| meaning == value).map(|(word, _)| (*word).to_owned()).unwrap_or_default()
         };
-        let parse = |raw: &str| {
-            words
-                .iter()
-                .find(|(word, _)| word.eq_ignore_ascii_case(raw))
-                .map(|(_, meaning)| *meaning)
-        };
-        self.parse(
-            name,
-            words[0].1,
-            show,
-            parse,
-            format!("Give one of: {}", all.join(", ")),
-        )
+        let parse =
+            |raw: &str| words.iter().find(|(word, _)| word.eq_ignore_ascii_case(raw)).map(|(_, meaning)| *meaning);
+        self.parse(name, words[0].1, show, parse, format!("Give one of: {}", all.join(", ")))
     }
 
     pub(super) fn host(&mut self, name: &'static str, default: Ipv4Addr) -> IpAddr {
@@ -216,9 +158,7 @@ impl Vars {
             default,
             u16::to_string,
             |raw| raw.parse().ok(),
-            format!(
-                "Give a port from 1 to 65535, for example {name}={default}, or 0 for any free one"
-            ),
+            format!("Give a port from 1 to 65535, for example {name}={default}, or 0 for any free one"),
         )
     }
 
@@ -235,14 +175,12 @@ impl Vars {
 
     /// A secret from the variable itself or from the file that `<name>_FILE` names.
     pub(super) fn secret(&mut self, name: &'static str) -> Option<SecretString> {
-        self.env_or_file(name, Nature::Secret)
-            .map(SecretString::from)
+        self.env_or_file(name, Nature::Secret).map(SecretString::from)
     }
 
     /// As [`Vars::secret`], for a private key.
     pub(super) fn private_key(&mut self, name: &'static str) -> Option<SecretString> {
-        self.env_or_file(name, Nature::PrivateKey)
-            .map(SecretString::from)
+        self.env_or_file(name, Nature::PrivateKey).map(SecretString::from)
     }
 
     /// As [`Vars::secret`], for what is no secret but lies beside one.
@@ -252,17 +190,10 @@ impl Vars {
 
     fn env_or_file(&mut self, name: &'static str, nature: Nature) -> Option<String> {
         let file_name = format!("{name}_FILE");
-        let path = self
-            .values
-            .get(&file_name)
-            .map(|path| path.trim().to_owned());
+        let path = self.values.get(&file_name).map(|path| path.trim().to_owned());
         let value = match (self.values.get(name).cloned(), path) {
             (Some(_), Some(_)) => {
-                self.reject(
-                    name,
-                    format!("and {file_name} are both set"),
-                    "Keep one of them",
-                );
+                self.reject(name, format!("and {file_name} are both set"), "Keep one of them");
                 return None;
             }
             (Some(value), None) => {
@@ -282,21 +213,12 @@ impl Vars {
     }
 
     /// The file a variable names.
-    pub(super) fn read_file(
-        &mut self,
-        variable: &str,
-        path: &str,
-        nature: Nature,
-    ) -> Option<String> {
+    pub(super) fn read_file(&mut self, variable: &str, path: &str, nature: Nature) -> Option<String> {
         let way_out = "Give the path of a text file this process may read";
         let content = match std::fs::read_to_string(path) {
             Ok(content) => content,
             Err(error) => {
-                self.reject(
-                    variable,
-                    format!("names {path}, which can't be read: {error}"),
-                    way_out,
-                );
+                self.reject(variable, format!("names {path}, which can't be read: {error}"), way_out);
                 return None;
             }
         };
@@ -323,11 +245,7 @@ impl Vars {
     }
 
     fn note(&mut self, name: &'static str, value: String, is_default: bool) {
-        self.settings.push(Setting {
-            name,
-            value,
-            is_default,
-        });
+        self.settings.push(Setting { name, value, is_default });
     }
 }
 

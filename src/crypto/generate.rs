@@ -26,20 +26,13 @@ pub fn generate_pair(bits: u32) -> Result<PemPair, KeyError> {
         4096 => KeySize::Rsa4096,
         8192 => KeySize::Rsa8192,
         _ => {
-            return Err(KeyError::Generate(format!(
-                "{bits} bits are not 2048, 3072, 4096 or 8192"
-            )));
+            return Err(KeyError::Generate(format!("{bits} bits are not 2048, 3072, 4096 or 8192")));
         }
     };
     let pair = KeyPair::generate(size).map_err(|e| KeyError::Generate(e.to_string()))?;
-    let private: Pkcs8V1Der = pair
-        .as_der()
-        .map_err(|e| KeyError::Generate(e.to_string()))?;
+    let private: Pkcs8V1Der = pair.as_der().map_err(|e| KeyError::Generate(e.to_string()))?;
     let encode = |tag, der: &[u8]| {
-        pem::encode_config(
-            &pem::Pem::new(tag, der),
-            pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF),
-        )
+        pem::encode_config(&pem::Pem::new(tag, der), pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF))
     };
     Ok(PemPair {
         private: encode("PRIVATE KEY", private.as_ref()).into(),
@@ -57,10 +50,7 @@ pub struct KeyFiles {
 impl KeyFiles {
     /// The lines for the environment that make the service use these files.
     pub fn env_lines(&self) -> String {
-        self.paths
-            .iter()
-            .map(|(name, path)| format!("{name}_FILE={}\n", path.display()))
-            .collect()
+        self.paths.iter().map(|(name, path)| format!("{name}_FILE={}\n", path.display())).collect()
     }
 }
 
@@ -78,32 +68,16 @@ pub fn write_key_files(dir: &Path, bits: u32) -> io::Result<KeyFiles> {
     if let Some((_, taken)) = files.paths.iter().find(|(_, path)| path.exists()) {
         return Err(io::Error::new(
             io::ErrorKind::AlreadyExists,
-            format!(
-                "{} is there already and is not overwritten. Choose another folder",
-                taken.display()
-            ),
+            format!("{} is there already and is not overwritten. Choose another folder", taken.display()),
         ));
     }
     std::fs::create_dir_all(dir)?;
     let make = || generate_pair(bits).map_err(io::Error::other);
     let (access, refresh) = (make()?, make()?);
-    let contents = [
-        access.private.expose_secret(),
-        &access.public,
-        refresh.private.expose_secret(),
-        &refresh.public,
-    ];
+    let contents = [access.private.expose_secret(), &access.public, refresh.private.expose_secret(), &refresh.public];
     for ((name, path), text) in files.paths.iter().zip(contents) {
-        let mode = if name.ends_with("PRIVATE_KEY") {
-            0o600
-        } else {
-            0o644
-        };
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(mode)
-            .open(path)?;
+        let mode = if name.ends_with("PRIVATE_KEY") { 0o600 } else { 0o644 };
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
     }

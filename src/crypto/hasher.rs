@@ -72,10 +72,7 @@ pub struct Verdict {
 }
 
 impl Verdict {
-    const NO: Self = Self {
-        matches: false,
-        needs_rehash: false,
-    };
+    const NO: Self = Self { matches: false, needs_rehash: false };
 }
 
 /// Why there is no hash or no verdict.
@@ -120,22 +117,14 @@ impl Hasher {
 
     /// Whether `presented` is the password behind `stored`. `None` stands for an unknown user: the
     /// same work is done for nobody, and never matches.
-    pub async fn verify(
-        &self,
-        presented: &SecretString,
-        stored: Option<&str>,
-    ) -> Result<Verdict, HashError> {
+    pub async fn verify(&self, presented: &SecretString, stored: Option<&str>) -> Result<Verdict, HashError> {
         let (presented, stored) = (presented.clone(), stored.map(str::to_owned));
-        self.run(move |inner| inner.verify(&presented, stored.as_deref()))
-            .await
+        self.run(move |inner| inner.verify(&presented, stored.as_deref())).await
     }
 
     /// Waits for a slot, then works on a blocking thread. Whoever stops waiting leaves the queue;
     /// work that has begun keeps its slot to the end, since nothing can stop it.
-    async fn run<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&Inner) -> T + Send + 'static,
-    ) -> Result<T, HashError> {
+    async fn run<T: Send + 'static>(&self, work: impl FnOnce(&Inner) -> T + Send + 'static) -> Result<T, HashError> {
         let asked = Instant::now();
         let slot = self.slot().await?;
         histogram!("auth_hash_wait_seconds").record(asked.elapsed());
@@ -146,10 +135,7 @@ impl Hasher {
             let result = work(&hasher.0);
             let took = begun.elapsed();
             histogram!("auth_hash_seconds").record(took);
-            hasher
-                .0
-                .last_micros
-                .store(took.as_micros() as u64, Ordering::Relaxed);
+            hasher.0.last_micros.store(took.as_micros() as u64, Ordering::Relaxed);
             result
         })
         .await
@@ -161,27 +147,16 @@ impl Hasher {
             return Ok(slot);
         }
         let _place = Place::take(&self.0).ok_or_else(|| self.busy())?;
-        match tokio::time::timeout(self.0.max_wait, Arc::clone(&self.0.slots).acquire_owned()).await
-        {
+        match tokio::time::timeout(self.0.max_wait, Arc::clone(&self.0.slots).acquire_owned()).await {
             Ok(slot) => slot.map_err(|_| HashError::Failed),
             Err(_) => Err(self.busy()),
         }
     }
 
     fn busy(&self) -> HashError {
-        let ahead = self
-            .0
-            .waiting
-            .load(Ordering::Relaxed)
-            .div_ceil(self.0.threads) as u64;
-        let micros = self
-            .0
-            .last_micros
-            .load(Ordering::Relaxed)
-            .saturating_mul(ahead + 1);
-        HashError::Busy {
-            retry_after: Duration::from_secs(micros.div_ceil(1_000_000).clamp(1, 60)),
-        }
+        let ahead = self.0.waiting.load(Ordering::Relaxed).div_ceil(self.0.threads) as u64;
+        let micros = self.0.last_micros.load(Ordering::Relaxed).saturating_mul(ahead + 1);
+        HashError::Busy { retry_after: Duration::from_secs(micros.div_ceil(1_000_000).clamp(1, 60)) }
     }
 }
 
@@ -191,10 +166,7 @@ struct Place<'a>(&'a Inner);
 impl<'a> Place<'a> {
     fn take(inner: &'a Inner) -> Option<Self> {
         let free = |waiting| (waiting < inner.queue).then_some(waiting + 1);
-        inner
-            .waiting
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, free)
-            .ok()?;
+        inner.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, free).ok()?;
         gauge!("auth_hash_queue_depth").increment(1);
         Some(Self(inner))
     }
@@ -211,10 +183,7 @@ impl Inner {
     fn hash(&self, password: &SecretString) -> Result<String, HashError> {
         let input = prehash(self.pepper.as_ref(), password);
         let hash = bcrypt::non_truncating_hash(input, self.cost).map_err(|_| HashError::Failed)?;
-        let id = self
-            .pepper
-            .as_ref()
-            .map_or(NO_PEPPER_ID, |pepper| &pepper.id);
+        let id = self.pepper.as_ref().map_or(NO_PEPPER_ID, |pepper| &pepper.id);
         Ok(format!("v1${id}{hash}"))
     }
 
@@ -231,19 +200,12 @@ impl Inner {
             (cost..self.cost).for_each(spend);
             return Verdict::NO;
         }
-        Verdict {
-            matches,
-            needs_rehash: !current || cost != self.cost,
-        }
+        Verdict { matches, needs_rehash: !current || cost != self.cost }
     }
 
     /// What to give bcrypt for a stored hash, the bare hash, its cost, and whether it was made as
     /// we would make it today. `None` where it can't be computed.
-    fn read<'a>(
-        &self,
-        stored: &'a str,
-        presented: &SecretString,
-    ) -> Option<(SecretString, &'a str, u32, bool)> {
+    fn read<'a>(&self, stored: &'a str, presented: &SecretString) -> Option<(SecretString, &'a str, u32, bool)> {
         let (input, bare, current) = match stored.strip_prefix("v1$") {
             Some(rest) => {
                 let (id, _) = rest.split_once('$')?;
@@ -258,30 +220,18 @@ impl Inner {
                     }
                 };
                 let current = pepper.is_some() == self.pepper.is_some();
-                (
-                    prehash(pepper, presented).into(),
-                    &rest[id.len()..],
-                    current,
-                )
+                (prehash(pepper, presented).into(), &rest[id.len()..], current)
             }
             // bcrypt would take "ab" for "ab\0ab".
             None if presented.expose_secret().contains('\0') => return None,
             None => (presented.clone(), stored, false),
         };
-        let variant = ["$2a$", "$2b$", "$2y$"]
-            .iter()
-            .any(|prefix| bare.starts_with(prefix));
-        let cost = variant
-            .then(|| HashParts::from_str(bare).ok())
-            .flatten()
-            .map(|parts| parts.get_cost());
+        let variant = ["$2a$", "$2b$", "$2y$"].iter().any(|prefix| bare.starts_with(prefix));
+        let cost = variant.then(|| HashParts::from_str(bare).ok()).flatten().map(|parts| parts.get_cost());
         match cost {
             Some(MIN_COST..=MAX_COST) => cost.map(|cost| (input, bare, cost, current)),
             Some(cost) => {
-                tracing::error!(
-                    cost,
-                    "A stored password hash has a cost that is not computed; it can't match."
-                );
+                tracing::error!(cost, "A stored password hash has a cost that is not computed; it can't match.");
                 None
             }
             None => {
@@ -296,21 +246,14 @@ impl Pepper {
     fn new(secret: &SecretString) -> Self {
         let key = hmac::Key::new(hmac::HMAC_SHA384, secret.expose_secret().as_bytes());
         let tag = hmac::sign(&key, b"auth-service pepper id");
-        let id = tag.as_ref()[..4]
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let id = tag.as_ref()[..4].iter().map(|byte| format!("{byte:02x}")).collect();
         Self { id, key }
     }
 }
 
 /// The work of one hash of that cost.
 fn spend(cost: u32) {
-    black_box(bcrypt::bcrypt(
-        cost,
-        black_box([7; 16]),
-        black_box(&[7; 65]),
-    ));
+    black_box(bcrypt::bcrypt(cost, black_box([7; 16]), black_box(&[7; 65])));
 }
 
 /// 64 characters that stand for the whole password.

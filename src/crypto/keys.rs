@@ -86,10 +86,7 @@ impl KeyError {
             Self::Mismatch { purpose } => {
                 format!("does not belong to any of the {purpose} public keys")
             }
-            Self::Shared => {
-                "has a key that also signs access tokens: one kind could be taken for the other"
-                    .into()
-            }
+            Self::Shared => "has a key that also signs access tokens: one kind could be taken for the other".into(),
             Self::SelfTest => "failed its self-test: what it signs does not verify".into(),
             Self::Generate(reason) => format!("could not be made: {reason}"),
         }
@@ -103,9 +100,7 @@ impl KeyError {
                  or its path in the variable with _FILE at the end"
             }
             Self::WrongKind { .. } => "Check that the private and the public key are not exchanged",
-            Self::Mismatch { .. } => {
-                "Give the public key of the same pair, beside others if keys are being rotated"
-            }
+            Self::Mismatch { .. } => "Give the public key of the same pair, beside others if keys are being rotated",
             Self::Shared => "Make a pair for each with `auth-service keys generate --out DIR`",
             Self::NotRsa | Self::Size { .. } | Self::Exponent | Self::SelfTest => {
                 "Make new keys with `auth-service keys generate --out DIR`"
@@ -129,11 +124,7 @@ pub struct PrivateKeys(Vec<SigningKey>);
 impl PrivateKeys {
     /// Reads every PEM block: PKCS#8 or PKCS#1, not encrypted.
     pub fn parse(pem: &SecretString) -> Result<Self, KeyError> {
-        blocks(pem.expose_secret())?
-            .iter()
-            .map(SigningKey::read)
-            .collect::<Result<_, _>>()
-            .map(Self)
+        blocks(pem.expose_secret())?.iter().map(SigningKey::read).collect::<Result<_, _>>().map(Self)
     }
 }
 
@@ -143,44 +134,22 @@ pub struct PublicKeys(Vec<VerifyingKey>);
 impl PublicKeys {
     /// Reads every PEM block: SubjectPublicKeyInfo or PKCS#1.
     pub fn parse(pem: &str) -> Result<Self, KeyError> {
-        blocks(pem)?
-            .iter()
-            .map(VerifyingKey::read)
-            .collect::<Result<_, _>>()
-            .map(Self)
+        blocks(pem)?.iter().map(VerifyingKey::read).collect::<Result<_, _>>().map(Self)
     }
 }
 
 impl KeyRing {
     /// Reads and tests the keys.
-    pub fn load(
-        purpose: &'static str,
-        private_pem: &SecretString,
-        public_pem: &str,
-    ) -> Result<Self, KeyError> {
-        Self::new(
-            purpose,
-            PrivateKeys::parse(private_pem)?,
-            PublicKeys::parse(public_pem)?,
-        )
+    pub fn load(purpose: &'static str, private_pem: &SecretString, public_pem: &str) -> Result<Self, KeyError> {
+        Self::new(purpose, PrivateKeys::parse(private_pem)?, PublicKeys::parse(public_pem)?)
     }
 
     /// The first private key signs; its public half, and that of every further private key, must
     /// be among the public ones. Each pair signs and verifies once before it is trusted.
-    pub fn new(
-        purpose: &'static str,
-        private: PrivateKeys,
-        public: PublicKeys,
-    ) -> Result<Self, KeyError> {
-        let ring = Self {
-            purpose,
-            signing: private.0,
-            verifying: public.0,
-        };
+    pub fn new(purpose: &'static str, private: PrivateKeys, public: PublicKeys) -> Result<Self, KeyError> {
+        let ring = Self { purpose, signing: private.0, verifying: public.0 };
         for key in &ring.signing {
-            let public = ring
-                .verifying(&key.kid)
-                .ok_or(KeyError::Mismatch { purpose })?;
+            let public = ring.verifying(&key.kid).ok_or(KeyError::Mismatch { purpose })?;
             let message = b"self-test";
             let signature = key.sign(message).ok_or(KeyError::SelfTest)?;
             match jsonwebtoken::crypto::verify(&signature, message, &public.key, Algorithm::RS256) {
@@ -203,18 +172,12 @@ impl KeyRing {
     /// The key of that id where its private half is here, else the one that signs now: a token
     /// made anew under another key is still the same token to everyone who reads it.
     pub(super) fn signing_kid(&self, kid: &str) -> &str {
-        self.signing
-            .iter()
-            .find(|key| key.kid == kid)
-            .map_or(self.kid(), |key| &key.kid)
+        self.signing.iter().find(|key| key.kid == kid).map_or(self.kid(), |key| &key.kid)
     }
 
     /// Base64url of the RS256 signature.
     pub(super) fn sign(&self, kid: &str, message: &[u8]) -> Option<String> {
-        self.signing
-            .iter()
-            .find(|key| key.kid == kid)?
-            .sign(message)
+        self.signing.iter().find(|key| key.kid == kid)?.sign(message)
     }
 
     pub(super) fn decoding_key(&self, kid: &str) -> Option<&DecodingKey> {
@@ -264,14 +227,7 @@ impl SigningKey {
     fn sign(&self, message: &[u8]) -> Option<String> {
         use base64::Engine;
         let mut signature = vec![0; self.pair.public_modulus_len()];
-        self.pair
-            .sign(
-                &RSA_PKCS1_SHA256,
-                &SystemRandom::new(),
-                message,
-                &mut signature,
-            )
-            .ok()?;
+        self.pair.sign(&RSA_PKCS1_SHA256, &SystemRandom::new(), message, &mut signature).ok()?;
         Some(base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(signature))
     }
 }
@@ -279,9 +235,9 @@ impl SigningKey {
 impl VerifyingKey {
     fn read(block: &pem::Pem) -> Result<Self, KeyError> {
         match block.tag() {
-            "PUBLIC KEY" | "RSA PUBLIC KEY" => Self::from_public(
-                &PublicKey::from_der(block.contents()).map_err(|_| KeyError::NotRsa)?,
-            ),
+            "PUBLIC KEY" | "RSA PUBLIC KEY" => {
+                Self::from_public(&PublicKey::from_der(block.contents()).map_err(|_| KeyError::NotRsa)?)
+            }
             found => Err(KeyError::WrongKind {
                 found: found.to_owned(),
                 expected: "a public key (PUBLIC KEY or RSA PUBLIC KEY)",
@@ -291,11 +247,7 @@ impl VerifyingKey {
 
     fn from_public(public: &PublicKey) -> Result<Self, KeyError> {
         let parts = RsaPublicKeyComponents::<Vec<u8>>::from(public);
-        let bits = parts.n.len() * 8
-            - parts
-                .n
-                .first()
-                .map_or(0, |byte| byte.leading_zeros() as usize);
+        let bits = parts.n.len() * 8 - parts.n.first().map_or(0, |byte| byte.leading_zeros() as usize);
         if !(MIN_BITS..=MAX_BITS).contains(&bits) {
             return Err(KeyError::Size { bits });
         }
@@ -303,11 +255,8 @@ impl VerifyingKey {
             return Err(KeyError::Exponent);
         }
         let key = DecodingKey::from_rsa_raw_components(&parts.n, &parts.e);
-        let mut jwk =
-            Jwk::from_decoding_key(&key, Some(Algorithm::RS256)).map_err(|_| KeyError::NotRsa)?;
-        let kid = jwk
-            .thumbprint(ThumbprintHash::SHA256)
-            .map_err(|_| KeyError::NotRsa)?;
+        let mut jwk = Jwk::from_decoding_key(&key, Some(Algorithm::RS256)).map_err(|_| KeyError::NotRsa)?;
+        let kid = jwk.thumbprint(ThumbprintHash::SHA256).map_err(|_| KeyError::NotRsa)?;
         jwk.common.key_id = Some(kid.clone());
         jwk.common.public_key_use = Some(PublicKeyUse::Signature);
         Ok(Self { kid, key, jwk })
@@ -316,9 +265,7 @@ impl VerifyingKey {
 
 /// The public half in the form other programs read.
 pub(super) fn public_der(pair: &KeyPair) -> Result<PublicKeyX509Der<'static>, KeyError> {
-    pair.public_key()
-        .as_der()
-        .map_err(|e| KeyError::Generate(e.to_string()))
+    pair.public_key().as_der().map_err(|e| KeyError::Generate(e.to_string()))
 }
 
 fn blocks(text: &str) -> Result<Vec<pem::Pem>, KeyError> {

@@ -80,15 +80,8 @@ struct Inner {
 
 impl TokenSigner {
     /// Refuses key rings that share a key.
-    pub fn new(
-        access: KeyRing,
-        refresh: KeyRing,
-        settings: TokenSettings,
-    ) -> Result<Self, KeyError> {
-        if refresh
-            .kids()
-            .any(|kid| access.kids().any(|other| other == kid))
-        {
+    pub fn new(access: KeyRing, refresh: KeyRing, settings: TokenSettings) -> Result<Self, KeyError> {
+        if refresh.kids().any(|kid| access.kids().any(|other| other == kid)) {
             return Err(KeyError::Shared);
         }
         let rules = |audience: &str| {
@@ -125,16 +118,9 @@ impl TokenSigner {
     }
 
     /// An access token for `user` in `session`; it never outlives the session.
-    pub fn sign_access(
-        &self,
-        user: &User,
-        session: &Session,
-        now: DateTime<Utc>,
-    ) -> Result<SignedToken, TokenError> {
+    pub fn sign_access(&self, user: &User, session: &Session, now: DateTime<Utc>) -> Result<SignedToken, TokenError> {
         let settings = self.settings();
-        let exp = (now + settings.access_ttl)
-            .min(session.absolute_expires_at)
-            .timestamp();
+        let exp = (now + settings.access_ttl).min(session.absolute_expires_at).timestamp();
         let claims = AccessClaims {
             id: user.id.0.into(),
             username: user.username.clone(),
@@ -169,27 +155,19 @@ impl TokenSigner {
             exp,
         };
         let ring = &self.0.refresh;
-        sign(
-            ring,
-            ring.signing_kid(&session.kid),
-            REFRESH_TYPE,
-            &claims,
-            exp,
-        )
+        sign(ring, ring.signing_kid(&session.kid), REFRESH_TYPE, &claims, exp)
     }
 
     /// The claims of a good access token.
     pub fn verify_access(&self, token: &str) -> Result<AccessClaims, TokenError> {
-        let claims: AccessClaims =
-            verify(&self.0.access, &self.0.access_rules, ACCESS_TYPE, token)?;
+        let claims: AccessClaims = verify(&self.0.access, &self.0.access_rules, ACCESS_TYPE, token)?;
         not_from_the_future(claims.iat)?;
         Ok(claims)
     }
 
     /// The claims of a good refresh token. Whether its session still lives, only the row knows.
     pub fn verify_refresh(&self, token: &str) -> Result<RefreshClaims, TokenError> {
-        let claims: RefreshClaims =
-            verify(&self.0.refresh, &self.0.refresh_rules, REFRESH_TYPE, token)?;
+        let claims: RefreshClaims = verify(&self.0.refresh, &self.0.refresh_rules, REFRESH_TYPE, token)?;
         not_from_the_future(claims.iat)?;
         Ok(claims)
     }
@@ -198,10 +176,7 @@ impl TokenSigner {
     /// neither audience nor issuer nor key ids. Such a token counts only where its hash is stored.
     pub fn verify_legacy_refresh(&self, token: &str) -> Result<LegacyRefreshClaims, TokenError> {
         let header = plain_header(token)?;
-        if header
-            .typ
-            .is_some_and(|typ| !typ.eq_ignore_ascii_case("JWT"))
-        {
+        if header.typ.is_some_and(|typ| !typ.eq_ignore_ascii_case("JWT")) {
             return Err(TokenError::Invalid);
         }
         let mut outcome = Err(TokenError::Invalid);
@@ -216,57 +191,34 @@ impl TokenSigner {
 
     /// The public keys of access tokens. Refresh tokens are nobody else's business.
     pub fn jwks(&self) -> JwkSet {
-        JwkSet {
-            keys: self.0.access.jwks(),
-        }
+        JwkSet { keys: self.0.access.jwks() }
     }
 }
 
 /// Signs with the parsed key: `jsonwebtoken::encode` parses and checks the PEM again for every
 /// token, which takes longer than the signature.
-fn sign(
-    ring: &KeyRing,
-    kid: &str,
-    kind: &str,
-    claims: &impl Serialize,
-    exp: i64,
-) -> Result<SignedToken, TokenError> {
+fn sign(ring: &KeyRing, kid: &str, kind: &str, claims: &impl Serialize, exp: i64) -> Result<SignedToken, TokenError> {
     let mut header = Header::new(Algorithm::RS256);
     header.typ = Some(kind.to_owned());
     header.kid = Some(kid.to_owned());
     let part = |json: serde_json::Result<Vec<u8>>| {
-        json.map(|json| URL_SAFE_NO_PAD.encode(json))
-            .map_err(|_| TokenError::SigningFailed)
+        json.map(|json| URL_SAFE_NO_PAD.encode(json)).map_err(|_| TokenError::SigningFailed)
     };
-    let message = format!(
-        "{}.{}",
-        part(serde_json::to_vec(&header))?,
-        part(serde_json::to_vec(claims))?
-    );
-    let signature = ring
-        .sign(kid, message.as_bytes())
-        .ok_or(TokenError::SigningFailed)?;
+    let message = format!("{}.{}", part(serde_json::to_vec(&header))?, part(serde_json::to_vec(claims))?);
+    let signature = ring.sign(kid, message.as_bytes()).ok_or(TokenError::SigningFailed)?;
     Ok(SignedToken {
         token: format!("{message}.{signature}").into(),
         expires_at: DateTime::from_timestamp(exp, 0).ok_or(TokenError::SigningFailed)?,
     })
 }
 
-fn verify<C: DeserializeOwned>(
-    ring: &KeyRing,
-    rules: &Validation,
-    kind: &str,
-    token: &str,
-) -> Result<C, TokenError> {
+fn verify<C: DeserializeOwned>(ring: &KeyRing, rules: &Validation, kind: &str, token: &str) -> Result<C, TokenError> {
     let header = plain_header(token)?;
     // The JWT library does not look at the type.
     if header.typ.as_deref() != Some(kind) {
         return Err(TokenError::Invalid);
     }
-    let key = header
-        .kid
-        .and_then(|kid| ring.decoding_key(&kid))
-        .ok_or(TokenError::Invalid)?;
+    let key = header.kid.and_then(|kid| ring.decoding_key(&kid)).ok_or(TokenError::Invalid)?;
     decode(token, key, rules)
 }
 
@@ -288,16 +240,10 @@ fn plain_header(token: &str) -> Result<Header, TokenError> {
     Ok(header)
 }
 
-fn decode<C: DeserializeOwned>(
-    token: &str,
-    key: &DecodingKey,
-    rules: &Validation,
-) -> Result<C, TokenError> {
+fn decode<C: DeserializeOwned>(token: &str, key: &DecodingKey, rules: &Validation) -> Result<C, TokenError> {
     match jsonwebtoken::decode(token, key, rules) {
         Ok(data) => Ok(data.claims),
-        Err(error) if matches!(error.kind(), ErrorKind::ExpiredSignature) => {
-            Err(TokenError::Expired)
-        }
+        Err(error) if matches!(error.kind(), ErrorKind::ExpiredSignature) => Err(TokenError::Expired),
         Err(_) => Err(TokenError::Invalid),
     }
 }

@@ -27,10 +27,8 @@ pub enum Fate {
 
 /// Asks the server what became of a transaction whose COMMIT was not answered.
 pub async fn fate_of(conn: &mut PgConnection, transaction: &str) -> Result<Fate, sqlx::Error> {
-    let status: Option<String> = sqlx::query_scalar("select pg_xact_status($1::text::xid8)")
-        .bind(transaction)
-        .fetch_one(conn)
-        .await?;
+    let status: Option<String> =
+        sqlx::query_scalar("select pg_xact_status($1::text::xid8)").bind(transaction).fetch_one(conn).await?;
     Ok(match status.as_deref() {
         Some("committed") => Fate::Committed,
         Some("aborted") => Fate::Aborted,
@@ -94,18 +92,16 @@ pub fn leaves_doubt(error: &sqlx::Error) -> bool {
     match error {
         // Only a server that answers a COMMIT with an error of these kinds goes away over it; any
         // other error is its refusal.
-        sqlx::Error::Database(error) => error.code().is_none_or(|code| {
-            code.starts_with("08") || code.starts_with("57P") || code == "40003"
-        }),
+        sqlx::Error::Database(error) => {
+            error.code().is_none_or(|code| code.starts_with("08") || code.starts_with("57P") || code == "40003")
+        }
         _ => true,
     }
 }
 
 /// The constraint an error names.
 pub fn violated(error: &sqlx::Error) -> Option<&str> {
-    error
-        .as_database_error()
-        .and_then(|error| error.constraint())
+    error.as_database_error().and_then(|error| error.constraint())
 }
 
 #[cfg(test)]
@@ -114,9 +110,7 @@ mod tests {
 
     #[test]
     fn silence_and_a_full_pool_are_absence_but_a_bug_is_not() {
-        assert!(is_away(
-            &io::Error::from(io::ErrorKind::ConnectionReset).into()
-        ));
+        assert!(is_away(&io::Error::from(io::ErrorKind::ConnectionReset).into()));
         assert!(is_away(&sqlx::Error::PoolTimedOut));
         assert!(!is_away(&sqlx::Error::RowNotFound));
         assert!(!is_away(&sqlx::Error::ColumnNotFound("x".to_owned())));
@@ -124,9 +118,7 @@ mod tests {
 
     #[test]
     fn codes_of_a_server_that_cannot_serve_are_told_from_refusals() {
-        for code in [
-            "57P01", "57P03", "53300", "08006", "40001", "25006", "42P01", "3D000",
-        ] {
+        for code in ["57P01", "57P03", "53300", "08006", "40001", "25006", "42P01", "3D000"] {
             assert!(is_away_code(code), "{code}");
         }
         for code in ["23505", "22021", "42703", "25P02"] {
@@ -136,9 +128,7 @@ mod tests {
 
     #[test]
     fn a_commit_that_was_not_answered_is_in_doubt() {
-        assert!(leaves_doubt(
-            &io::Error::from(io::ErrorKind::UnexpectedEof).into()
-        ));
+        assert!(leaves_doubt(&io::Error::from(io::ErrorKind::UnexpectedEof).into()));
         assert!(leaves_doubt(&sqlx::Error::WorkerCrashed));
     }
 }

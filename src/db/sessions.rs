@@ -164,10 +164,7 @@ pub async fn find(conn: &mut PgConnection, session_id: Uuid) -> Result<Option<Fo
 }
 
 /// The session that a token of the replaced service belongs to.
-pub async fn find_legacy(
-    conn: &mut PgConnection,
-    legacy_hash: &[u8],
-) -> Result<Option<Found>, sqlx::Error> {
+pub async fn find_legacy(conn: &mut PgConnection, legacy_hash: &[u8]) -> Result<Option<Found>, sqlx::Error> {
     sqlx::query_as(concat!(
         "select ",
         found_columns!(),
@@ -179,11 +176,7 @@ pub async fn find_legacy(
 }
 
 /// Ends a session. `false` when it had ended before, or never was: the first reason stands.
-pub async fn revoke(
-    conn: &mut PgConnection,
-    session_id: Uuid,
-    reason: &str,
-) -> Result<bool, sqlx::Error> {
+pub async fn revoke(conn: &mut PgConnection, session_id: Uuid, reason: &str) -> Result<bool, sqlx::Error> {
     let written = sqlx::query(
         r#"update refresh_tokens
               set revoked_at = clock_timestamp(), revoked_reason = $2, "updatedAt" = clock_timestamp()
@@ -280,10 +273,6 @@ impl FromRow<'_, PgRow> for Session {
 
 impl FromRow<'_, PgRow> for Found {
     fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
-        Ok(Self {
-            session: Session::from_row(row)?,
-            user: User::from_row(row)?,
-            now: row.try_get("now")?,
-        })
+        Ok(Self { session: Session::from_row(row)?, user: User::from_row(row)?, now: row.try_get("now")? })
     }
 }

@@ -32,10 +32,7 @@ pub struct Credentials {
 ///
 /// Two registrations of one name wait for each other here: the second sees the first's outcome, as
 /// a violation of `auth_users_username_unique` or `auth_users_email_unique` or not at all.
-pub async fn insert(
-    conn: &mut PgConnection,
-    new: &NewUser<'_>,
-) -> Result<(User, String), sqlx::Error> {
+pub async fn insert(conn: &mut PgConnection, new: &NewUser<'_>) -> Result<(User, String), sqlx::Error> {
     let row = sqlx::query(
         r#"insert into auth_users
                (username, email, username_canonical, email_canonical, password_hash, status, create_saga_id)
@@ -67,10 +64,7 @@ pub async fn find(conn: &mut PgConnection, id: UserId) -> Result<Option<User>, s
 
 /// Whom a login names. Names with an `@` can't be chosen any more, but adopted users may have one:
 /// an address goes before such a name.
-pub async fn credentials(
-    conn: &mut PgConnection,
-    of: &Identifier,
-) -> Result<Option<Credentials>, sqlx::Error> {
+pub async fn credentials(conn: &mut PgConnection, of: &Identifier) -> Result<Option<Credentials>, sqlx::Error> {
     let (name, address) = match of {
         Identifier::Email(canonical) => (canonical, Some(canonical)),
         Identifier::Username(canonical) => (canonical, None),
@@ -89,10 +83,7 @@ pub async fn credentials(
 }
 
 /// The user a create saga made, if it is still there.
-pub async fn created_by(
-    conn: &mut PgConnection,
-    saga_id: Uuid,
-) -> Result<Option<Credentials>, sqlx::Error> {
+pub async fn created_by(conn: &mut PgConnection, saga_id: Uuid) -> Result<Option<Credentials>, sqlx::Error> {
     sqlx::query_as(
         r#"select id, username, email, is_verified, status, create_saga_id, "createdAt", password_hash
              from auth_users where create_saga_id = $1 order by id limit 1"#,
@@ -104,10 +95,7 @@ pub async fn created_by(
 
 /// Keeps the user from being deleted until the transaction ends, provided that it may still sign in
 /// with the password that was checked: while hashing ran, either may have changed.
-pub async fn hold(
-    conn: &mut PgConnection,
-    checked: &Credentials,
-) -> Result<Option<User>, sqlx::Error> {
+pub async fn hold(conn: &mut PgConnection, checked: &Credentials) -> Result<Option<User>, sqlx::Error> {
     sqlx::query_as(
         r#"select id, username, email, is_verified, status, create_saga_id, "createdAt"
              from auth_users
@@ -122,11 +110,7 @@ pub async fn hold(
 
 /// Stores a stronger hash of the same password. Compares with the old one first, so that a password
 /// that was changed meanwhile is not put back: `false`.
-pub async fn replace_hash(
-    conn: &mut PgConnection,
-    of: &Credentials,
-    hash: &str,
-) -> Result<bool, sqlx::Error> {
+pub async fn replace_hash(conn: &mut PgConnection, of: &Credentials, hash: &str) -> Result<bool, sqlx::Error> {
     let written = sqlx::query(
         r#"update auth_users set password_hash = $3, "updatedAt" = now() where id = $1 and password_hash = $2"#,
     )
@@ -139,10 +123,7 @@ pub async fn replace_hash(
 }
 
 /// Notes that the address is the user's own. Repeated, it changes nothing.
-pub async fn mark_verified(
-    conn: &mut PgConnection,
-    id: UserId,
-) -> Result<Option<User>, sqlx::Error> {
+pub async fn mark_verified(conn: &mut PgConnection, id: UserId) -> Result<Option<User>, sqlx::Error> {
     sqlx::query_as(
         r#"update auth_users
               set is_verified = true, "updatedAt" = case when is_verified then "updatedAt" else now() end
@@ -155,11 +136,7 @@ pub async fn mark_verified(
 }
 
 /// The user's create saga has completed. `false` when the user is not pending in that saga.
-pub async fn activate(
-    conn: &mut PgConnection,
-    id: UserId,
-    saga_id: Uuid,
-) -> Result<bool, sqlx::Error> {
+pub async fn activate(conn: &mut PgConnection, id: UserId, saga_id: Uuid) -> Result<bool, sqlx::Error> {
     let written = sqlx::query(
         r#"update auth_users set status = 'active', "updatedAt" = now()
             where id = $1 and create_saga_id = $2 and status = 'pending'"#,
@@ -174,18 +151,12 @@ pub async fn activate(
 /// Takes a registration back, sessions and identifiers with it. Only a user that is still pending,
 /// and in this very saga: a close that is forged, late or meant for an earlier holder of the id
 /// finds no row. `false` then.
-pub async fn delete_pending(
-    conn: &mut PgConnection,
-    id: UserId,
-    saga_id: Uuid,
-) -> Result<bool, sqlx::Error> {
-    let written = sqlx::query(
-        "delete from auth_users where id = $1 and create_saga_id = $2 and status = 'pending'",
-    )
-    .bind(id.0)
-    .bind(saga_id)
-    .execute(conn)
-    .await?;
+pub async fn delete_pending(conn: &mut PgConnection, id: UserId, saga_id: Uuid) -> Result<bool, sqlx::Error> {
+    let written = sqlx::query("delete from auth_users where id = $1 and create_saga_id = $2 and status = 'pending'")
+        .bind(id.0)
+        .bind(saga_id)
+        .execute(conn)
+        .await?;
     Ok(written.rows_affected() == 1)
 }
 
@@ -197,9 +168,8 @@ impl FromRow<'_, PgRow> for User {
             username: row.try_get("username")?,
             email: row.try_get("email")?,
             is_verified: row.try_get("is_verified")?,
-            status: UserStatus::parse(&status).ok_or_else(|| {
-                sqlx::Error::Decode(format!("unknown user status {status:?}").into())
-            })?,
+            status: UserStatus::parse(&status)
+                .ok_or_else(|| sqlx::Error::Decode(format!("unknown user status {status:?}").into()))?,
             create_saga_id: row.try_get("create_saga_id")?,
             created_at: row.try_get("createdAt")?,
         })
@@ -208,9 +178,6 @@ impl FromRow<'_, PgRow> for User {
 
 impl FromRow<'_, PgRow> for Credentials {
     fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
-        Ok(Self {
-            user: User::from_row(row)?,
-            password_hash: row.try_get("password_hash")?,
-        })
+        Ok(Self { user: User::from_row(row)?, password_hash: row.try_get("password_hash")? })
     }
 }

@@ -160,8 +160,11 @@ mod tests {
         broker.up().await.expect("up");
         timeout(Duration::from_secs(20), during).await.expect("in time").expect("a report").expect("delivered");
 
-        let consumer: StreamConsumer =
-            client(&broker).set("group.id", "reader").set("auto.offset.reset", "earliest").create().expect("a consumer");
+        let consumer: StreamConsumer = client(&broker)
+            .set("group.id", "reader")
+            .set("auto.offset.reset", "earliest")
+            .create()
+            .expect("a consumer");
         consumer.subscribe(&["user.create"]).expect("subscribed");
         let mut read = Vec::new();
         while read.len() < 2 {

@@ -41,7 +41,8 @@ pub struct DevArgs {
 /// Runs the whole system until Ctrl-C.
 pub async fn run(args: DevArgs) -> anyhow::Result<ExitCode> {
     let since = Instant::now();
-    let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| "warn,auth_service=info,librdkafka=error,reqwest_retry=off,reqwest_tracing=off".to_owned());
+    let filter = std::env::var("RUST_LOG")
+        .unwrap_or_else(|_| "warn,auth_service=info,librdkafka=error,reqwest_retry=off,reqwest_tracing=off".to_owned());
     let metrics = telemetry::init(LogFormat::Text, &filter)?;
     let ignored = ignored_variables();
     if !ignored.is_empty() {

@@ -98,7 +98,10 @@ impl Tour<'_> {
         println!("\n1. A registration that completes");
         let since = Instant::now();
         let ada = self.register("ada").await?;
-        println!("   201 after {:.0?}: user {}, refresh token, saga and outbox row in one transaction", ada.took, ada.user_id);
+        println!(
+            "   201 after {:.0?}: user {}, refresh token, saga and outbox row in one transaction",
+            ada.took, ada.user_id
+        );
         self.until_published(&ada.saga_id).await?;
         println!("   user.create is in Kafka (seen by a consumer {:.0?} after the request)", since.elapsed());
         self.until_saga_is(&ada.saga_id, "completed").await?;

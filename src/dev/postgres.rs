@@ -213,7 +213,9 @@ impl PrivateCluster {
     pub async fn create_database(&self, name: &str) -> Result<(), PostgresError> {
         const DUPLICATE_DATABASE: &str = "42P04";
         let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
-        if !(1..=63).contains(&name.len()) || !name.starts_with(|c: char| c.is_ascii_lowercase()) || !name.chars().all(plain)
+        if !(1..=63).contains(&name.len())
+            || !name.starts_with(|c: char| c.is_ascii_lowercase())
+            || !name.chars().all(plain)
         {
             return Err(PostgresError::DatabaseName(name.to_owned()));
         }

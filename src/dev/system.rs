@@ -43,16 +43,8 @@ const TOPICS: [&str; 7] = [
 ];
 
 /// Variables that would name a database or a broker: only the command line may, here.
-const NOT_HONOURED: [&str; 8] = [
-    "DATABASE_URL",
-    "DB_DATABASE",
-    "DB_USERNAME",
-    "DB_PASSWORD",
-    "DB_HOST",
-    "DB_PORT",
-    "DB_DIALECT",
-    "KAFKA_BROKERS",
-];
+const NOT_HONOURED: [&str; 8] =
+    ["DATABASE_URL", "DB_DATABASE", "DB_USERNAME", "DB_PASSWORD", "DB_HOST", "DB_PORT", "DB_DIALECT", "KAFKA_BROKERS"];
 
 /// What to start.
 #[derive(Debug, Clone)]
@@ -97,11 +89,7 @@ pub struct System {
 
 impl System {
     /// Starts everything; says each step to `progress`.
-    pub async fn start(
-        wanted: Wanted,
-        metrics: PrometheusHandle,
-        progress: impl Fn(&str),
-    ) -> anyhow::Result<Self> {
+    pub async fn start(wanted: Wanted, metrics: PrometheusHandle, progress: impl Fn(&str)) -> anyhow::Result<Self> {
         fs::create_dir_all(&wanted.data_dir)
             .with_context(|| format!("can't make {}: choose another --data-dir", wanted.data_dir.display()))?;
         let (cluster, database_url) = database(&wanted, &progress).await?;
@@ -154,7 +142,7 @@ impl System {
             vars.entry(name.to_owned()).or_insert(value);
         }
         vars.extend(wanted.settings.into_iter().map(|(name, value)| (name.to_owned(), value)));
-        let config = Config::from_vars(vars.into_iter(), Profile::Dev)?;
+        let config = Config::from_vars(vars, Profile::Dev)?;
         let running = app::start(config, &Role::ALL.into(), metrics).await?;
         Ok(Self {
             running,
@@ -198,10 +186,7 @@ fn inherited() -> BTreeMap<String, String> {
         .collect()
 }
 
-async fn database(
-    wanted: &Wanted,
-    progress: &impl Fn(&str),
-) -> anyhow::Result<(Option<PrivateCluster>, SecretString)> {
+async fn database(wanted: &Wanted, progress: &impl Fn(&str)) -> anyhow::Result<(Option<PrivateCluster>, SecretString)> {
     if let Some(url) = &wanted.database_url {
         return Ok((None, url.clone()));
     }

@@ -16,7 +16,10 @@ use std::{io, net::SocketAddr};
 
 use rdkafka::error::KafkaError;
 use secrecy::{ExposeSecret, SecretString};
-use sqlx::{PgPool, postgres::{PgConnectOptions, PgPoolOptions}};
+use sqlx::{
+    PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 

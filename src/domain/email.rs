@@ -30,17 +30,12 @@ impl Email {
         if typed.chars().any(is_invisible) {
             return Err(refused("must not contain invisible characters"));
         }
-        let canonical = canonical(typed)
-            .ok_or_else(|| refused("must be an e-mail address such as name@example.com"))?;
+        let canonical =
+            canonical(typed).ok_or_else(|| refused("must be an e-mail address such as name@example.com"))?;
         if canonical.len() > MAX_BYTES {
-            return Err(refused(format!(
-                "must be at most {MAX_BYTES} bytes long in its normalised form"
-            )));
+            return Err(refused(format!("must be at most {MAX_BYTES} bytes long in its normalised form")));
         }
-        Ok(Self {
-            typed: typed.to_owned(),
-            canonical,
-        })
+        Ok(Self { typed: typed.to_owned(), canonical })
     }
 
     /// As the user typed it.
@@ -65,18 +60,11 @@ fn canonical(typed: &str) -> Option<String> {
     let (local, domain) = compatible.split_once('@')?;
     let domain = idna::domain_to_ascii_strict(domain).ok()?;
     let address = format!("{}@{domain}", folded(local));
-    let options = Options::default()
-        .with_required_tld()
-        .without_domain_literal()
-        .without_display_text();
+    let options = Options::default().with_required_tld().without_domain_literal().without_display_text();
     EmailAddress::parse_with_options(&address, options).ok()?;
-    let plain = !address
-        .contains(|c: char| matches!(c, '"' | '\\') || c.is_whitespace() || is_invisible(c));
+    let plain = !address.contains(|c: char| matches!(c, '"' | '\\') || c.is_whitespace() || is_invisible(c));
     // A domain whose last label is a number is an IP address that lost its brackets.
-    let named = domain
-        .rsplit('.')
-        .next()?
-        .contains(|c: char| c.is_ascii_alphabetic());
+    let named = domain.rsplit('.').next()?.contains(|c: char| c.is_ascii_alphabetic());
     (plain && named).then_some(address)
 }
 
@@ -91,9 +79,7 @@ mod tests {
     use super::*;
 
     fn canonical_of(raw: &str) -> String {
-        Email::parse(raw)
-            .unwrap_or_else(|e| panic!("{raw:?}: {e}"))
-            .canonical
+        Email::parse(raw).unwrap_or_else(|e| panic!("{raw:?}: {e}")).canonical
     }
 
     #[test]
@@ -113,10 +99,7 @@ mod tests {
     fn a_domain_has_one_spelling_in_any_script() {
         assert_eq!(canonical_of("a@bücher.example"), "a@xn--bcher-kva.example");
         assert_eq!(canonical_of("a@BÜCHER.example"), "a@xn--bcher-kva.example");
-        assert_eq!(
-            canonical_of("a@xn--bcher-kva.example"),
-            "a@xn--bcher-kva.example"
-        );
+        assert_eq!(canonical_of("a@xn--bcher-kva.example"), "a@xn--bcher-kva.example");
     }
 
     #[test]

@@ -37,50 +37,25 @@ mod tests {
 
     #[test]
     fn an_at_sign_makes_it_an_email() {
-        assert_eq!(
-            Identifier::parse(" Anna@Example.com "),
-            Some(Identifier::Email("anna@example.com".into()))
-        );
-        assert_eq!(
-            Identifier::parse("Anna"),
-            Some(Identifier::Username("anna".into()))
-        );
-        assert_eq!(
-            Identifier::parse("anna＠example.com"),
-            Some(Identifier::Email("anna@example.com".into()))
-        );
+        assert_eq!(Identifier::parse(" Anna@Example.com "), Some(Identifier::Email("anna@example.com".into())));
+        assert_eq!(Identifier::parse("Anna"), Some(Identifier::Username("anna".into())));
+        assert_eq!(Identifier::parse("anna＠example.com"), Some(Identifier::Email("anna@example.com".into())));
     }
 
     #[test]
     fn what_was_registered_is_found_again_however_it_is_typed() {
         let email = Email::parse("Anna@Bücher.example").expect("valid");
-        for typed in [
-            "anna@bücher.example",
-            "ANNA@BÜCHER.EXAMPLE",
-            "anna@xn--bcher-kva.example",
-        ] {
-            assert_eq!(
-                Identifier::parse(typed),
-                Some(Identifier::Email(email.canonical().into()))
-            );
+        for typed in ["anna@bücher.example", "ANNA@BÜCHER.EXAMPLE", "anna@xn--bcher-kva.example"] {
+            assert_eq!(Identifier::parse(typed), Some(Identifier::Email(email.canonical().into())));
         }
         let name = Username::parse("Ａnna").expect("valid");
-        assert_eq!(
-            Identifier::parse("ANNA"),
-            Some(Identifier::Username(name.canonical().into()))
-        );
+        assert_eq!(Identifier::parse("ANNA"), Some(Identifier::Username(name.canonical().into())));
     }
 
     #[test]
     fn names_of_adopted_users_need_not_follow_our_rules() {
-        assert_eq!(
-            Identifier::parse("Jörg Müller"),
-            Some(Identifier::Username("jörg müller".into()))
-        );
-        assert_eq!(
-            Identifier::parse("root@localhost"),
-            Some(Identifier::Email("root@localhost".into()))
-        );
+        assert_eq!(Identifier::parse("Jörg Müller"), Some(Identifier::Username("jörg müller".into())));
+        assert_eq!(Identifier::parse("root@localhost"), Some(Identifier::Email("root@localhost".into())));
     }
 
     #[test]

@@ -14,11 +14,7 @@ pub struct Password(SecretString);
 impl Password {
     /// Checks the length in characters and, where the owner is known, that the password is not
     /// one of the names that stand beside it.
-    pub fn parse(
-        raw: SecretString,
-        min_chars: usize,
-        owner: Option<(&Username, &Email)>,
-    ) -> Result<Self, FieldError> {
+    pub fn parse(raw: SecretString, min_chars: usize, owner: Option<(&Username, &Email)>) -> Result<Self, FieldError> {
         let text = raw.expose_secret();
         if text.is_empty() {
             return Err(refused("is required"));
@@ -29,19 +25,12 @@ impl Password {
         // Normalising joins a letter and its accent, and takes one ligature apart into many
         // letters: neither may make a password look longer than what was typed.
         if text.chars().count().min(text.nfkc().count()) < min_chars {
-            return Err(refused(format!(
-                "must be at least {min_chars} characters long"
-            )));
+            return Err(refused(format!("must be at least {min_chars} characters long")));
         }
         if let Some((username, email)) = owner {
             let text = folded(text);
-            if [
-                username.canonical(),
-                email.canonical(),
-                email.local_part(),
-                &folded(email.typed()),
-            ]
-            .contains(&text.as_str())
+            if [username.canonical(), email.canonical(), email.local_part(), &folded(email.typed())]
+                .contains(&text.as_str())
             {
                 return Err(refused("must not be the username or the e-mail address"));
             }
@@ -91,13 +80,7 @@ mod tests {
 
     #[test]
     fn there_are_no_rules_of_composition() {
-        for raw in [
-            "aaaaaaaa",
-            "        ",
-            "пароль-пароль",
-            "correct horse battery staple",
-            "a\0bcdefg",
-        ] {
+        for raw in ["aaaaaaaa", "        ", "пароль-пароль", "correct horse battery staple", "a\0bcdefg"] {
             assert!(parse(raw).is_ok(), "{raw:?}");
         }
     }

@@ -56,12 +56,7 @@ pub enum RefreshDecision {
 
 impl Session {
     /// Decides about a refresh token of `presented_generation`.
-    pub fn on_refresh(
-        &self,
-        presented_generation: i32,
-        now: DateTime<Utc>,
-        reuse_window: Duration,
-    ) -> RefreshDecision {
+    pub fn on_refresh(&self, presented_generation: i32, now: DateTime<Utc>, reuse_window: Duration) -> RefreshDecision {
         if !self.is_live(now) {
             return RefreshDecision::Ended;
         }
@@ -69,9 +64,7 @@ impl Session {
             0 => RefreshDecision::Rotate,
             // "One behind" alone would let a thief and the owner take turns for ever; with a
             // window the later of the two gives both away.
-            1 if self.rotated_at.is_some_and(|at| now < at + reuse_window) => {
-                RefreshDecision::Reissue
-            }
+            1 if self.rotated_at.is_some_and(|at| now < at + reuse_window) => RefreshDecision::Reissue,
             ..0 => RefreshDecision::AheadOfRecord,
             1.. => RefreshDecision::Reused,
         }
@@ -124,14 +117,8 @@ mod tests {
 
     #[test]
     fn the_current_token_moves_the_session_on() {
-        assert_eq!(
-            session(0, None).on_refresh(0, at(5), WINDOW),
-            RefreshDecision::Rotate
-        );
-        assert_eq!(
-            session(4, Some(60)).on_refresh(4, at(61), WINDOW),
-            RefreshDecision::Rotate
-        );
+        assert_eq!(session(0, None).on_refresh(0, at(5), WINDOW), RefreshDecision::Rotate);
+        assert_eq!(session(4, Some(60)).on_refresh(4, at(61), WINDOW), RefreshDecision::Rotate);
     }
 
     #[test]
@@ -150,30 +137,18 @@ mod tests {
 
     #[test]
     fn two_behind_is_a_reuse_even_within_the_window() {
-        assert_eq!(
-            session(3, Some(100)).on_refresh(1, at(101), WINDOW),
-            RefreshDecision::Reused
-        );
-        assert_eq!(
-            session(3, Some(100)).on_refresh(i32::MIN, at(101), WINDOW),
-            RefreshDecision::Reused
-        );
+        assert_eq!(session(3, Some(100)).on_refresh(1, at(101), WINDOW), RefreshDecision::Reused);
+        assert_eq!(session(3, Some(100)).on_refresh(i32::MIN, at(101), WINDOW), RefreshDecision::Reused);
     }
 
     #[test]
     fn a_window_of_zero_forgives_nothing() {
-        assert_eq!(
-            session(3, Some(100)).on_refresh(2, at(100), Duration::ZERO),
-            RefreshDecision::Reused
-        );
+        assert_eq!(session(3, Some(100)).on_refresh(2, at(100), Duration::ZERO), RefreshDecision::Reused);
     }
 
     #[test]
     fn a_generation_the_database_has_lost_does_not_end_the_session() {
-        assert_eq!(
-            session(1, Some(9)).on_refresh(4, at(10), WINDOW),
-            RefreshDecision::AheadOfRecord
-        );
+        assert_eq!(session(1, Some(9)).on_refresh(4, at(10), WINDOW), RefreshDecision::AheadOfRecord);
     }
 
     #[test]
@@ -186,10 +161,7 @@ mod tests {
         old.absolute_expires_at = at(20);
         for ended in [revoked, idle, old] {
             for generation in 0..3 {
-                assert_eq!(
-                    ended.on_refresh(generation, at(20), WINDOW),
-                    RefreshDecision::Ended
-                );
+                assert_eq!(ended.on_refresh(generation, at(20), WINDOW), RefreshDecision::Ended);
             }
         }
     }
@@ -212,11 +184,7 @@ mod tests {
         let (mut owner, mut thief) = (0, 0);
         let mut now = at(0);
         for turn in 0.. {
-            let holder = if turn % 2 == 0 {
-                &mut owner
-            } else {
-                &mut thief
-            };
+            let holder = if turn % 2 == 0 { &mut owner } else { &mut thief };
             match session.on_refresh(*holder, now, WINDOW) {
                 RefreshDecision::Rotate => rotate(&mut session, now),
                 RefreshDecision::Reissue => {}

@@ -36,9 +36,7 @@ impl UserStatus {
 
     /// `None` for a word the database does not use.
     pub fn parse(word: &str) -> Option<Self> {
-        [Self::Pending, Self::Active, Self::Closing]
-            .into_iter()
-            .find(|status| status.as_str() == word)
+        [Self::Pending, Self::Active, Self::Closing].into_iter().find(|status| status.as_str() == word)
     }
 }
 

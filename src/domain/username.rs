@@ -20,19 +20,10 @@ impl Username {
             return Err(refused("is required"));
         }
         if !LENGTH.contains(&typed.chars().count()) {
-            return Err(refused(format!(
-                "must be {} to {} characters long",
-                LENGTH.start(),
-                LENGTH.end()
-            )));
+            return Err(refused(format!("must be {} to {} characters long", LENGTH.start(), LENGTH.end())));
         }
-        if !typed
-            .chars()
-            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
-        {
-            return Err(refused(
-                "may contain only the letters a to z, digits, '.', '_' and '-'",
-            ));
+        if !typed.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')) {
+            return Err(refused("may contain only the letters a to z, digits, '.', '_' and '-'"));
         }
         if !typed.starts_with(alphanumeric) || !typed.ends_with(alphanumeric) {
             return Err(refused("must begin and end with a letter or a digit"));
@@ -101,11 +92,7 @@ mod tests {
     #[test]
     fn the_length_is_3_to_32() {
         for (length, accepted) in [(2, false), (3, true), (32, true), (33, false)] {
-            assert_eq!(
-                Username::parse(&"a".repeat(length)).is_ok(),
-                accepted,
-                "{length}"
-            );
+            assert_eq!(Username::parse(&"a".repeat(length)).is_ok(), accepted, "{length}");
         }
     }
 

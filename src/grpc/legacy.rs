@@ -33,9 +33,8 @@ impl Token for LegacyTokens {
         request: Request<RefreshTokenRequest>,
     ) -> Result<Response<RefreshTokenResponse>, Status> {
         let request = request.into_inner();
-        let (_, access) = sessions::access_from_refresh(&self.app, given(&request.refresh_token)?)
-            .await
-            .map_err(Refusal::Session)?;
+        let (_, access) =
+            sessions::access_from_refresh(&self.app, given(&request.refresh_token)?).await.map_err(Refusal::Session)?;
         Ok(Response::new(RefreshTokenResponse { access_token: access.token.expose_secret().to_owned() }))
     }
 }

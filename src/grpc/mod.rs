@@ -30,10 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{
     body::Body,
     service::Routes,
-    transport::{
-        Certificate, Identity, Server, ServerTlsConfig,
-        server::TcpIncoming,
-    },
+    transport::{Certificate, Identity, Server, ServerTlsConfig, server::TcpIncoming},
 };
 use tower_http::catch_panic::CatchPanicLayer;
 
@@ -85,9 +82,11 @@ pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> 
     let service = routes.into_axum_router().layer(from_fn(surround::surround));
 
     let accepted = accepted(TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE_EVERY)));
-    let serving = server
-        .layer(CatchPanicLayer::custom(caught))
-        .serve_with_incoming_shutdown(service, accepted, stop.clone().cancelled_owned());
+    let serving = server.layer(CatchPanicLayer::custom(caught)).serve_with_incoming_shutdown(
+        service,
+        accepted,
+        stop.clone().cancelled_owned(),
+    );
     let finishing = async {
         // Ends with the streams of those who watch: they would hold the stop up for ever.
         readiness.follow(&app, &stop).await;

@@ -33,33 +33,23 @@ pub struct Ids {
 pub async fn context(mut request: Request, next: Next) -> Response {
     let began = Instant::now();
     let given = usable(request.headers(), &CORRELATION_ID);
-    let request_id =
-        usable(request.headers(), &REQUEST_ID).unwrap_or_else(|| Uuid::now_v7().to_string());
-    let ids = Ids {
-        correlation_given: given.is_some(),
-        correlation_id: given.unwrap_or_else(|| Uuid::now_v7().to_string()),
-    };
+    let request_id = usable(request.headers(), &REQUEST_ID).unwrap_or_else(|| Uuid::now_v7().to_string());
+    let ids =
+        Ids { correlation_given: given.is_some(), correlation_id: given.unwrap_or_else(|| Uuid::now_v7().to_string()) };
     let span = tracing::info_span!(
         "request", method = %request.method(), path = request.uri().path(),
         request.id = request_id, correlation.id = ids.correlation_id
     );
     let wants_problem = problem::wanted(request.headers());
     let method = request.method().clone();
-    let route = request
-        .extensions()
-        .get::<MatchedPath>()
-        .map(|path| path.as_str().to_owned());
+    let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let correlation_id = ids.correlation_id.clone();
     request.extensions_mut().insert(ids);
 
     let mut response = async {
         let response = next.run(request).await;
         let took = began.elapsed();
-        tracing::info!(
-            status = response.status().as_u16(),
-            took_ms = took.as_millis() as u64,
-            "answered"
-        );
+        tracing::info!(status = response.status().as_u16(), took_ms = took.as_millis() as u64, "answered");
         let labels = [
             ("method", method_label(&method)),
             ("route", route.unwrap_or_else(|| "none".to_owned())),
@@ -85,20 +75,16 @@ pub async fn context(mut request: Request, next: Next) -> Response {
 /// A client's own id, if it can stand in a log line, a Kafka header and a text column as it is.
 fn usable(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
     let value = headers.get(name)?.to_str().ok()?;
-    let fine =
-        (1..=MAX_ID).contains(&value.len()) && value.bytes().all(|byte| byte.is_ascii_graphic());
+    let fine = (1..=MAX_ID).contains(&value.len()) && value.bytes().all(|byte| byte.is_ascii_graphic());
     fine.then(|| value.to_owned())
 }
 
 /// Anyone may invent methods; each would be a figure of its own.
 fn method_label(method: &Method) -> String {
     match *method {
-        Method::GET
-        | Method::HEAD
-        | Method::POST
-        | Method::PUT
-        | Method::DELETE
-        | Method::OPTIONS => method.as_str().to_owned(),
+        Method::GET | Method::HEAD | Method::POST | Method::PUT | Method::DELETE | Method::OPTIONS => {
+            method.as_str().to_owned()
+        }
         _ => "other".to_owned(),
     }
 }
@@ -110,23 +96,10 @@ mod tests {
     #[test]
     fn an_id_that_could_forge_a_log_line_is_not_taken() {
         let long = "x".repeat(MAX_ID + 1);
-        for (given, taken) in [
-            ("abc-1:2/3", true),
-            ("a b", false),
-            ("", false),
-            ("\u{e9}", false),
-            (&long, false),
-        ] {
+        for (given, taken) in [("abc-1:2/3", true), ("a b", false), ("", false), ("\u{e9}", false), (&long, false)] {
             let mut headers = HeaderMap::new();
-            headers.insert(
-                CORRELATION_ID,
-                HeaderValue::from_bytes(given.as_bytes()).expect("a header"),
-            );
-            assert_eq!(
-                usable(&headers, &CORRELATION_ID).is_some(),
-                taken,
-                "{given}"
-            );
+            headers.insert(CORRELATION_ID, HeaderValue::from_bytes(given.as_bytes()).expect("a header"));
+            assert_eq!(usable(&headers, &CORRELATION_ID).is_some(), taken, "{given}");
         }
     }
 }

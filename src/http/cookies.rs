@@ -31,40 +31,24 @@ pub struct SentTwice(pub &'static str);
 
 /// Reads both cookies.
 pub fn read(headers: &HeaderMap, policy: CookiePolicy) -> Result<Carried, SentTwice> {
-    Ok(Carried {
-        access: one(headers, policy, ACCESS)?,
-        refresh: one(headers, policy, REFRESH)?,
-    })
+    Ok(Carried { access: one(headers, policy, ACCESS)?, refresh: one(headers, policy, REFRESH)? })
 }
 
 /// The complete Set-Cookie value for an access token.
 pub fn access(config: &Config, token: &SignedToken, now: DateTime<Utc>) -> String {
     let life = seconds_left(token, config.tokens.access_ttl, now);
-    set(
-        config.http.cookies,
-        ACCESS,
-        token.token.expose_secret(),
-        life,
-    )
+    set(config.http.cookies, ACCESS, token.token.expose_secret(), life)
 }
 
 /// The complete Set-Cookie value for a refresh token.
 pub fn refresh(config: &Config, token: &SignedToken, now: DateTime<Utc>) -> String {
     let life = seconds_left(token, config.tokens.refresh_ttl, now);
-    set(
-        config.http.cookies,
-        REFRESH,
-        token.token.expose_secret(),
-        life,
-    )
+    set(config.http.cookies, REFRESH, token.token.expose_secret(), life)
 }
 
 /// The Set-Cookie values of both tokens.
 pub fn both(config: &Config, tokens: &TokenPair, now: DateTime<Utc>) -> [String; 2] {
-    [
-        access(config, &tokens.access, now),
-        refresh(config, &tokens.refresh, now),
-    ]
+    [access(config, &tokens.access, now), refresh(config, &tokens.refresh, now)]
 }
 
 /// The Set-Cookie values that take both cookies away: the same attributes, or browsers keep them.
@@ -83,11 +67,7 @@ pub fn append(headers: &mut HeaderMap, cookies: impl IntoIterator<Item = String>
     }
 }
 
-fn one(
-    headers: &HeaderMap,
-    policy: CookiePolicy,
-    name: &'static str,
-) -> Result<Option<SecretString>, SentTwice> {
+fn one(headers: &HeaderMap, policy: CookiePolicy, name: &'static str) -> Result<Option<SecretString>, SentTwice> {
     let wanted = full_name(policy, name);
     let mut found = headers
         .get_all(header::COOKIE)
@@ -117,11 +97,7 @@ fn set(policy: CookiePolicy, name: &str, value: &str, max_age: u64) -> String {
 
 /// `__Host-` makes browsers refuse the cookie from anywhere but this very host, over TLS.
 fn full_name(policy: CookiePolicy, name: &str) -> String {
-    let prefix = if policy.secure && policy.host_prefix {
-        "__Host-"
-    } else {
-        ""
-    };
+    let prefix = if policy.secure && policy.host_prefix { "__Host-" } else { "" };
     format!("{prefix}{name}")
 }
 
@@ -139,18 +115,9 @@ fn seconds_left(token: &SignedToken, life: Duration, now: DateTime<Utc>) -> u64 
 mod tests {
     use super::*;
 
-    const STRICT: CookiePolicy = CookiePolicy {
-        secure: true,
-        host_prefix: true,
-    };
-    const BARE_NAMES: CookiePolicy = CookiePolicy {
-        secure: true,
-        host_prefix: false,
-    };
-    const PLAIN: CookiePolicy = CookiePolicy {
-        secure: false,
-        host_prefix: true,
-    };
+    const STRICT: CookiePolicy = CookiePolicy { secure: true, host_prefix: true };
+    const BARE_NAMES: CookiePolicy = CookiePolicy { secure: true, host_prefix: false };
+    const PLAIN: CookiePolicy = CookiePolicy { secure: false, host_prefix: true };
 
     fn now() -> DateTime<Utc> {
         DateTime::from_timestamp(1_800_000_000, 300_000_000).expect("in range")
@@ -163,21 +130,10 @@ mod tests {
         }
     }
 
-    fn carried(
-        policy: CookiePolicy,
-        cookies: &[&str],
-    ) -> Result<(Option<String>, Option<String>), SentTwice> {
-        let headers = cookies
-            .iter()
-            .map(|cookie| {
-                (
-                    header::COOKIE,
-                    HeaderValue::from_str(cookie).expect("a header"),
-                )
-            })
-            .collect();
-        let plain =
-            |secret: Option<SecretString>| secret.map(|secret| secret.expose_secret().to_owned());
+    fn carried(policy: CookiePolicy, cookies: &[&str]) -> Result<(Option<String>, Option<String>), SentTwice> {
+        let headers =
+            cookies.iter().map(|cookie| (header::COOKIE, HeaderValue::from_str(cookie).expect("a header"))).collect();
+        let plain = |secret: Option<SecretString>| secret.map(|secret| secret.expose_secret().to_owned());
         read(&headers, policy).map(|carried| (plain(carried.access), plain(carried.refresh)))
     }
 
@@ -191,10 +147,7 @@ mod tests {
             set(BARE_NAMES, REFRESH, "a.b.c", 604_800),
             "refreshToken=a.b.c; HttpOnly; SameSite=Lax; Secure; Path=/; Max-Age=604800"
         );
-        assert_eq!(
-            set(PLAIN, ACCESS, "a.b.c", 900),
-            "accessToken=a.b.c; HttpOnly; SameSite=Lax; Path=/; Max-Age=900"
-        );
+        assert_eq!(set(PLAIN, ACCESS, "a.b.c", 900), "accessToken=a.b.c; HttpOnly; SameSite=Lax; Path=/; Max-Age=900");
     }
 
     #[test]
@@ -206,58 +159,33 @@ mod tests {
                 "__Host-refreshToken=; HttpOnly; SameSite=Lax; Secure; Path=/; Max-Age=0"
             ]
         );
-        assert_eq!(
-            cleared(PLAIN)[0],
-            "accessToken=; HttpOnly; SameSite=Lax; Path=/; Max-Age=0"
-        );
+        assert_eq!(cleared(PLAIN)[0], "accessToken=; HttpOnly; SameSite=Lax; Path=/; Max-Age=0");
     }
 
     #[test]
     fn a_cookie_lives_as_long_as_its_token() {
         for (left, expected) in [(900, 900), (899, 900), (10, 11), (1, 2), (0, 0), (-5, 0)] {
-            assert_eq!(
-                seconds_left(&token(left), Duration::from_secs(900), now()),
-                expected,
-                "{left} s left"
-            );
+            assert_eq!(seconds_left(&token(left), Duration::from_secs(900), now()), expected, "{left} s left");
         }
     }
 
     #[test]
     fn both_cookies_are_read_wherever_they_stand() {
         let both = Ok((Some("a.b.c".to_owned()), Some("d.e.f".to_owned())));
-        assert_eq!(
-            carried(PLAIN, &["x=1; accessToken=a.b.c; refreshToken=d.e.f"]),
-            both
-        );
-        assert_eq!(
-            carried(PLAIN, &["refreshToken=d.e.f", "accessToken=\"a.b.c\""]),
-            both
-        );
-        assert_eq!(
-            carried(PLAIN, &["accessToken=; refreshToken"]),
-            Ok((None, None))
-        );
+        assert_eq!(carried(PLAIN, &["x=1; accessToken=a.b.c; refreshToken=d.e.f"]), both);
+        assert_eq!(carried(PLAIN, &["refreshToken=d.e.f", "accessToken=\"a.b.c\""]), both);
+        assert_eq!(carried(PLAIN, &["accessToken=; refreshToken"]), Ok((None, None)));
         assert_eq!(carried(PLAIN, &[]), Ok((None, None)));
     }
 
     #[test]
     fn the_prefixed_names_alone_count_where_they_are_used() {
-        assert_eq!(
-            carried(STRICT, &["accessToken=x; __Host-accessToken=y"]),
-            Ok((Some("y".to_owned()), None))
-        );
+        assert_eq!(carried(STRICT, &["accessToken=x; __Host-accessToken=y"]), Ok((Some("y".to_owned()), None)));
     }
 
     #[test]
     fn a_cookie_that_comes_twice_is_refused() {
-        assert_eq!(
-            carried(PLAIN, &["refreshToken=a; refreshToken=b"]),
-            Err(SentTwice("refreshToken"))
-        );
-        assert_eq!(
-            carried(PLAIN, &["accessToken=a", "accessToken=a"]),
-            Err(SentTwice("accessToken"))
-        );
+        assert_eq!(carried(PLAIN, &["refreshToken=a; refreshToken=b"]), Err(SentTwice("refreshToken")));
+        assert_eq!(carried(PLAIN, &["accessToken=a", "accessToken=a"]), Err(SentTwice("accessToken")));
     }
 }

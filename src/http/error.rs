@@ -77,11 +77,7 @@ impl ApiError {
     /// For people.
     pub fn message(&self) -> String {
         match self {
-            ApiError::Validation(errors) => errors
-                .iter()
-                .map(FieldError::to_string)
-                .collect::<Vec<_>>()
-                .join("; "),
+            ApiError::Validation(errors) => errors.iter().map(FieldError::to_string).collect::<Vec<_>>().join("; "),
             ApiError::NotSignedIn(over) => over.to_string(),
             ApiError::PayloadTooLarge { limit } => format!("The body is larger than {limit} bytes"),
             other => other.row().2.to_owned(),
@@ -110,78 +106,40 @@ impl ApiError {
     fn row(&self) -> (StatusCode, &'static str, &'static str) {
         use StatusCode as S;
         match self {
-            ApiError::Validation(_) => (
-                S::BAD_REQUEST,
-                "VALIDATION_ERROR",
-                "The request is not valid",
-            ),
-            ApiError::UserCreate => (
-                S::BAD_REQUEST,
-                "USER_CREATE_ERROR",
-                "The user could not be created; nothing was written",
-            ),
-            ApiError::TokenNotFound => (
-                S::BAD_REQUEST,
-                "TOKEN_NOT_FOUND",
-                "Failed to log out. Token not found",
-            ),
-            ApiError::InvalidCredentials => (
-                S::UNAUTHORIZED,
-                "INVALID_CREDENTIALS",
-                "Invalid credentials: unknown user or wrong password",
-            ),
+            ApiError::Validation(_) => (S::BAD_REQUEST, "VALIDATION_ERROR", "The request is not valid"),
+            ApiError::UserCreate => {
+                (S::BAD_REQUEST, "USER_CREATE_ERROR", "The user could not be created; nothing was written")
+            }
+            ApiError::TokenNotFound => (S::BAD_REQUEST, "TOKEN_NOT_FOUND", "Failed to log out. Token not found"),
+            ApiError::InvalidCredentials => {
+                (S::UNAUTHORIZED, "INVALID_CREDENTIALS", "Invalid credentials: unknown user or wrong password")
+            }
             ApiError::NotSignedIn(over) => (S::UNAUTHORIZED, over.code(), "Sign in first"),
-            ApiError::ForeignOrigin => (
-                S::FORBIDDEN,
-                "FOREIGN_ORIGIN",
-                "Requests that change something are not taken from other sites",
-            ),
+            ApiError::ForeignOrigin => {
+                (S::FORBIDDEN, "FOREIGN_ORIGIN", "Requests that change something are not taken from other sites")
+            }
             ApiError::NotFound => (S::NOT_FOUND, "NOT_FOUND", "There is no such route"),
-            ApiError::MethodNotAllowed => (
-                S::METHOD_NOT_ALLOWED,
-                "METHOD_NOT_ALLOWED",
-                "This route does not know this method; see Allow",
-            ),
-            ApiError::RequestTimeout => (
-                S::REQUEST_TIMEOUT,
-                "REQUEST_TIMEOUT",
-                "The body did not arrive in time",
-            ),
-            ApiError::EmailTaken => (
-                S::CONFLICT,
-                "EMAIL_ALREADY_EXISTS",
-                "A user with this email already exists",
-            ),
-            ApiError::UsernameTaken => (
-                S::CONFLICT,
-                "USERNAME_ALREADY_EXISTS",
-                "A user with this username already exists",
-            ),
+            ApiError::MethodNotAllowed => {
+                (S::METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED", "This route does not know this method; see Allow")
+            }
+            ApiError::RequestTimeout => (S::REQUEST_TIMEOUT, "REQUEST_TIMEOUT", "The body did not arrive in time"),
+            ApiError::EmailTaken => (S::CONFLICT, "EMAIL_ALREADY_EXISTS", "A user with this email already exists"),
+            ApiError::UsernameTaken => {
+                (S::CONFLICT, "USERNAME_ALREADY_EXISTS", "A user with this username already exists")
+            }
             ApiError::RegistrationTakenBack => (
                 S::CONFLICT,
                 "REGISTRATION_TAKEN_BACK",
                 "The registration under this Idempotency-Key was taken back; register again with a new key",
             ),
-            ApiError::PayloadTooLarge { .. } => (
-                S::PAYLOAD_TOO_LARGE,
-                "PAYLOAD_TOO_LARGE",
-                "The body is too large",
-            ),
-            ApiError::UnsupportedMediaType => (
-                S::UNSUPPORTED_MEDIA_TYPE,
-                "UNSUPPORTED_MEDIA_TYPE",
-                "Send the body as application/json",
-            ),
-            ApiError::Internal => (
-                S::INTERNAL_SERVER_ERROR,
-                "INTERNAL_ERROR",
-                "Something went wrong on our side",
-            ),
-            ApiError::Busy(_) => (
-                S::SERVICE_UNAVAILABLE,
-                "SERVICE_UNAVAILABLE",
-                "Too many sign-ins at once; try again shortly",
-            ),
+            ApiError::PayloadTooLarge { .. } => (S::PAYLOAD_TOO_LARGE, "PAYLOAD_TOO_LARGE", "The body is too large"),
+            ApiError::UnsupportedMediaType => {
+                (S::UNSUPPORTED_MEDIA_TYPE, "UNSUPPORTED_MEDIA_TYPE", "Send the body as application/json")
+            }
+            ApiError::Internal => (S::INTERNAL_SERVER_ERROR, "INTERNAL_ERROR", "Something went wrong on our side"),
+            ApiError::Busy(_) => {
+                (S::SERVICE_UNAVAILABLE, "SERVICE_UNAVAILABLE", "Too many sign-ins at once; try again shortly")
+            }
             ApiError::Unavailable => (
                 S::SERVICE_UNAVAILABLE,
                 "SERVICE_UNAVAILABLE",
@@ -215,9 +173,7 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status(), Json(self.body())).into_response();
         if let Some(seconds) = self.retry_after() {
-            response
-                .headers_mut()
-                .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         // For clients that want another form; see `problem`.
         response.extensions_mut().insert(self);
@@ -234,17 +190,12 @@ impl From<RegisterError> for ApiError {
             RegisterError::TakenBack => ApiError::RegistrationTakenBack,
             RegisterError::Busy { retry_after } => ApiError::Busy(retry_after),
             RegisterError::OutcomeUnknown => {
-                tracing::error!(
-                    "a registration's outcome could not be learnt; the client was told so"
-                );
+                tracing::error!("a registration's outcome could not be learnt; the client was told so");
                 ApiError::OutcomeUnknown
             }
             RegisterError::Unavailable(error) => unavailable(&error),
             RegisterError::Unforeseen(error) => {
-                tracing::error!(
-                    error,
-                    "a registration failed for an unforeseen reason; nothing was written"
-                );
+                tracing::error!(error, "a registration failed for an unforeseen reason; nothing was written");
                 ApiError::UserCreate
             }
         }
@@ -311,47 +262,26 @@ mod tests {
     #[test]
     fn a_validation_error_names_its_fields() {
         let error = ApiError::Validation(vec![FieldError::new("email", "is required")]);
-        assert_eq!(
-            error.body()["errors"],
-            json!([{ "field": "email", "message": "is required" }])
-        );
+        assert_eq!(error.body()["errors"], json!([{ "field": "email", "message": "is required" }]));
         assert_eq!(error.body()["message"], "email: is required");
-        assert_eq!(
-            (error.status().as_u16(), error.code()),
-            (400, "VALIDATION_ERROR")
-        );
+        assert_eq!((error.status().as_u16(), error.code()), (400, "VALIDATION_ERROR"));
     }
 
     #[test]
     fn what_passes_by_itself_says_when_to_come_again() {
-        for error in [
-            ApiError::Unavailable,
-            ApiError::OutcomeUnknown,
-            ApiError::Busy(Duration::from_millis(1200)),
-        ] {
+        for error in [ApiError::Unavailable, ApiError::OutcomeUnknown, ApiError::Busy(Duration::from_millis(1200))] {
             let response = error.clone().into_response();
             assert_eq!(response.status(), 503);
             assert_eq!(response.headers()[header::RETRY_AFTER], "2", "{error:?}");
         }
-        assert!(
-            !ApiError::Internal
-                .into_response()
-                .headers()
-                .contains_key(header::RETRY_AFTER)
-        );
+        assert!(!ApiError::Internal.into_response().headers().contains_key(header::RETRY_AFTER));
     }
 
     #[test]
     fn a_database_that_is_away_is_never_a_session_that_is_over() {
         let away = ApiError::from(SessionError::Unavailable(sqlx::Error::PoolTimedOut));
-        assert_eq!(
-            (away.status().as_u16(), away.code()),
-            (503, "SERVICE_UNAVAILABLE")
-        );
+        assert_eq!((away.status().as_u16(), away.code()), (503, "SERVICE_UNAVAILABLE"));
         let over = ApiError::from(SessionError::Over(Over::Reused));
-        assert_eq!(
-            (over.status().as_u16(), over.code()),
-            (401, "REFRESH_TOKEN_REUSED")
-        );
+        assert_eq!((over.status().as_u16(), over.code()), (401, "REFRESH_TOKEN_REUSED"));
     }
 }

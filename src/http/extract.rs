@@ -28,8 +28,7 @@ pub struct Fields(BTreeMap<String, Value>);
 impl Fields {
     /// A field that has to be there, as text.
     pub fn text(&mut self, name: &'static str) -> Result<String, FieldError> {
-        self.text_if_any(name)?
-            .ok_or_else(|| FieldError::new(name, "is required"))
+        self.text_if_any(name)?.ok_or_else(|| FieldError::new(name, "is required"))
     }
 
     /// A field that may be there, as text. Null is the same as nothing.
@@ -51,14 +50,10 @@ impl Fields {
         serde_json::from_slice(body).map_err(|error| {
             let message = match error.classify() {
                 // Its text may quote the body, passwords and all.
-                serde_json::error::Category::Syntax => format!(
-                    "is not valid JSON at line {}, column {}",
-                    error.line(),
-                    error.column()
-                ),
-                serde_json::error::Category::Eof => {
-                    "is not valid JSON: it ends too early".to_owned()
+                serde_json::error::Category::Syntax => {
+                    format!("is not valid JSON at line {}, column {}", error.line(), error.column())
                 }
+                serde_json::error::Category::Eof => "is not valid JSON: it ends too early".to_owned(),
                 _ => "must be a JSON object in which no field comes twice".to_owned(),
             };
             ApiError::Validation(vec![FieldError::new("body", message)])
@@ -105,9 +100,9 @@ impl FromRequest<App> for Fields {
 
     async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
         let headers = request.headers().clone();
-        let body = Bytes::from_request(request, app).await.map_err(|_| {
-            ApiError::Validation(vec![FieldError::new("body", "could not be read")])
-        })?;
+        let body = Bytes::from_request(request, app)
+            .await
+            .map_err(|_| ApiError::Validation(vec![FieldError::new("body", "could not be read")]))?;
         Fields::parse(&headers, &body)
     }
 }
@@ -116,22 +111,12 @@ impl FromRequestParts<App> for RequestContext {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, ApiError> {
-        let ids = parts
-            .extensions
-            .get::<Ids>()
-            .cloned()
-            .ok_or(ApiError::Internal)?;
+        let ids = parts.extensions.get::<Ids>().cloned().ok_or(ApiError::Internal)?;
         Ok(Self {
             correlation_id: ids.correlation_id,
             correlation_given: ids.correlation_given,
-            traceparent: parts
-                .headers
-                .get("traceparent")
-                .and_then(|value| traceparent(value.to_str().ok()?)),
-            user_agent: parts
-                .headers
-                .get(header::USER_AGENT)
-                .map(|value| shortened(value.as_bytes())),
+            traceparent: parts.headers.get("traceparent").and_then(|value| traceparent(value.to_str().ok()?)),
+            user_agent: parts.headers.get(header::USER_AGENT).map(|value| shortened(value.as_bytes())),
             idempotency_key: idempotency_key(&parts.headers)?,
         })
     }
@@ -142,38 +127,23 @@ impl FromRequestParts<App> for Carried {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
         cookies::read(&parts.headers, app.config.http.cookies).map_err(|SentTwice(name)| {
-            ApiError::Validation(vec![FieldError::new(
-                name,
-                "came twice; clear the site's cookies and sign in again",
-            )])
+            ApiError::Validation(vec![FieldError::new(name, "came twice; clear the site's cookies and sign in again")])
         })
     }
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
-    let Some(value) = headers
-        .get(header::CONTENT_TYPE)
-        .and_then(|value| value.to_str().ok())
-    else {
+    let Some(value) = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()) else {
         return false;
     };
-    let essence = value
-        .split(';')
-        .next()
-        .unwrap_or_default()
-        .trim()
-        .to_ascii_lowercase();
-    essence == "application/json"
-        || (essence.starts_with("application/") && essence.ends_with("+json"))
+    let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
 }
 
 /// As W3C has it, version 00; anything else would only travel on as noise.
 fn traceparent(value: &str) -> Option<String> {
     let parts: Vec<&str> = value.split('-').collect();
-    let hex = |part: &str| {
-        part.bytes()
-            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
-    };
+    let hex = |part: &str| part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     let fine = matches!(parts[..], ["00", trace, span, flags]
         if (trace.len(), span.len(), flags.len()) == (32, 16, 2)
             && [trace, span, flags].into_iter().all(hex)
@@ -187,10 +157,7 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
         (None, _) => Ok(None),
         (Some(value), None)
             if (1..=MAX_IDEMPOTENCY_KEY).contains(&value.len())
-                && value
-                    .as_bytes()
-                    .iter()
-                    .all(|byte| (b' '..=b'~').contains(byte)) =>
+                && value.as_bytes().iter().all(|byte| (b' '..=b'~').contains(byte)) =>
         {
             Ok(value.to_str().ok().map(str::to_owned))
         }
@@ -202,11 +169,7 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
 }
 
 fn shortened(user_agent: &[u8]) -> String {
-    String::from_utf8_lossy(user_agent)
-        .chars()
-        .filter(|c| !c.is_control())
-        .take(MAX_USER_AGENT)
-        .collect()
+    String::from_utf8_lossy(user_agent).chars().filter(|c| !c.is_control()).take(MAX_USER_AGENT).collect()
 }
 
 #[cfg(test)]
@@ -216,19 +179,11 @@ mod tests {
     use super::*;
 
     fn headers(name: &'static str, value: &'static str) -> HeaderMap {
-        HeaderMap::from_iter([(
-            name.parse().expect("a name"),
-            HeaderValue::from_static(value),
-        )])
+        HeaderMap::from_iter([(name.parse().expect("a name"), HeaderValue::from_static(value))])
     }
 
     fn refusal(body: &str) -> String {
-        Fields::parse(
-            &headers("content-type", "application/json"),
-            body.as_bytes(),
-        )
-        .expect_err("refused")
-        .message()
+        Fields::parse(&headers("content-type", "application/json"), body.as_bytes()).expect_err("refused").message()
     }
 
     #[test]
@@ -239,32 +194,18 @@ mod tests {
         )
         .expect("an object");
         assert_eq!(fields.text("email").as_deref(), Ok("a@b.cd"));
-        assert_eq!(
-            fields.text("age").expect_err("a number").message,
-            "must be a string"
-        );
-        assert_eq!(
-            fields.text("nick").expect_err("null").message,
-            "is required"
-        );
+        assert_eq!(fields.text("age").expect_err("a number").message, "must be a string");
+        assert_eq!(fields.text("nick").expect_err("null").message, "is required");
         assert_eq!(fields.text_if_any("none"), Ok(None));
     }
 
     #[test]
     fn what_is_no_json_object_is_refused_without_quoting_it() {
-        for body in [
-            "{\"password\":\"geheim",
-            "[\"geheim\"]",
-            "\"geheim\"",
-            "{\"a\":\"geheim\",\"a\":1}",
-            "{geheim}",
-            "null",
-        ] {
+        for body in
+            ["{\"password\":\"geheim", "[\"geheim\"]", "\"geheim\"", "{\"a\":\"geheim\",\"a\":1}", "{geheim}", "null"]
+        {
             let message = refusal(body);
-            assert!(
-                message.starts_with("body: ") && !message.contains("geheim"),
-                "{body}: {message}"
-            );
+            assert!(message.starts_with("body: ") && !message.contains("geheim"), "{body}: {message}");
         }
     }
 
@@ -284,16 +225,9 @@ mod tests {
             ("text/plain", false),
             ("text/json-ish", false),
         ] {
-            assert_eq!(
-                Fields::parse(&headers("content-type", given), b"{}").is_ok(),
-                accepted,
-                "{given}"
-            );
+            assert_eq!(Fields::parse(&headers("content-type", given), b"{}").is_ok(), accepted, "{given}");
         }
-        assert_eq!(
-            Fields::parse(&HeaderMap::new(), b"{}"),
-            Err(ApiError::UnsupportedMediaType)
-        );
+        assert_eq!(Fields::parse(&HeaderMap::new(), b"{}"), Err(ApiError::UnsupportedMediaType));
     }
 
     #[test]
@@ -315,10 +249,7 @@ mod tests {
     #[test]
     fn an_idempotency_key_is_one_short_line() {
         assert_eq!(idempotency_key(&HeaderMap::new()), Ok(None));
-        assert_eq!(
-            idempotency_key(&headers("idempotency-key", "a 1")),
-            Ok(Some("a 1".to_owned()))
-        );
+        assert_eq!(idempotency_key(&headers("idempotency-key", "a 1")), Ok(Some("a 1".to_owned())));
         assert!(idempotency_key(&headers("idempotency-key", "")).is_err());
         let mut two = headers("idempotency-key", "a");
         two.append("idempotency-key", HeaderValue::from_static("b"));

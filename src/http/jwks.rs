@@ -32,9 +32,7 @@ pub async fn jwks(State(app): State<App>, headers: HeaderMap) -> Result<Response
         true => StatusCode::NOT_MODIFIED.into_response(),
         false => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
     };
-    response
-        .headers_mut()
-        .insert(header::CACHE_CONTROL, HeaderValue::from_static(CACHE));
+    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static(CACHE));
     if let Ok(tag) = HeaderValue::try_from(tag) {
         response.headers_mut().insert(header::ETAG, tag);
     }

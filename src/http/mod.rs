@@ -49,8 +49,7 @@ const FINISH_DEADLINE: Duration = Duration::from_secs(20);
 pub fn router(app: App) -> Router {
     let resources = auth::router(&app);
     let config = &app.config;
-    let work =
-        WORK_DEADLINE + 3 * config.passwords.hasher.max_wait + 4 * config.database.acquire_timeout;
+    let work = WORK_DEADLINE + 3 * config.passwords.hasher.max_wait + 4 * config.database.acquire_timeout;
     let mut router = Router::new()
         .merge(resources.clone())
         .nest("/auth", resources)
@@ -65,10 +64,7 @@ pub fn router(app: App) -> Router {
     }
     router = router.layer(CatchPanicLayer::custom(caught));
     for (name, value) in headers(config.http.cookies.secure) {
-        router = router.layer(SetResponseHeaderLayer::if_not_present(
-            name,
-            HeaderValue::from_static(value),
-        ));
+        router = router.layer(SetResponseHeaderLayer::if_not_present(name, HeaderValue::from_static(value)));
     }
     router.layer(from_fn(context::context)).with_state(app)
 }
@@ -79,13 +75,8 @@ pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> 
     let mut server = axum_server::from_tcp(listener.into_std()?)?
         .handle(handle.clone())
         .first_request_timeout(HEAD_DEADLINE)
-        .accept_error_handler(
-            |_, error| tracing::warn!(%error, "a connection could not be accepted"),
-        );
-    server
-        .http_builder()
-        .http1()
-        .header_read_timeout(HEAD_DEADLINE);
+        .accept_error_handler(|_, error| tracing::warn!(%error, "a connection could not be accepted"));
+    server.http_builder().http1().header_read_timeout(HEAD_DEADLINE);
     let stopping = async {
         stop.cancelled().await;
         handle.graceful_shutdown(Some(FINISH_DEADLINE));
@@ -118,27 +109,15 @@ fn caught(panic: Box<dyn Any + Send>) -> Response {
 }
 
 fn cors(origins: &[String]) -> Option<CorsLayer> {
-    let origins: Vec<HeaderValue> = origins
-        .iter()
-        .filter_map(|origin| origin.parse().ok())
-        .collect();
+    let origins: Vec<HeaderValue> = origins.iter().filter_map(|origin| origin.parse().ok()).collect();
     let own = ["x-correlation-id", "idempotency-key"].map(HeaderName::from_static);
     (!origins.is_empty()).then(|| {
         CorsLayer::new()
             .allow_origin(AllowOrigin::list(origins))
             .allow_credentials(true)
             .allow_methods([Method::GET, Method::POST, Method::PUT, Method::DELETE])
-            .allow_headers(
-                [header::CONTENT_TYPE, header::ACCEPT]
-                    .into_iter()
-                    .chain(own.clone())
-                    .collect::<Vec<_>>(),
-            )
-            .expose_headers([
-                context::REQUEST_ID,
-                context::CORRELATION_ID,
-                header::RETRY_AFTER,
-            ])
+            .allow_headers([header::CONTENT_TYPE, header::ACCEPT].into_iter().chain(own.clone()).collect::<Vec<_>>())
+            .expose_headers([context::REQUEST_ID, context::CORRELATION_ID, header::RETRY_AFTER])
             .max_age(Duration::from_secs(600))
     })
 }
@@ -148,10 +127,7 @@ fn headers(secure: bool) -> impl Iterator<Item = (HeaderName, &'static str)> {
     let always = [
         (header::CACHE_CONTROL, "no-store"),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
-        (
-            header::CONTENT_SECURITY_POLICY,
-            "default-src 'none'; frame-ancestors 'none'",
-        ),
+        (header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"),
         (header::REFERRER_POLICY, "no-referrer"),
         (header::VARY, "Accept, Origin, Sec-Fetch-Site"),
     ];
@@ -172,10 +148,7 @@ mod tests {
             .route("/", get(async || -> () { panic!("the pepper is salt") }))
             .layer(CatchPanicLayer::custom(caught))
             .layer(from_fn(context::context));
-        let response = router
-            .oneshot(Request::new(Body::empty()))
-            .await
-            .expect("an answer");
+        let response = router.oneshot(Request::new(Body::empty())).await.expect("an answer");
         assert_eq!(response.status(), 500);
         assert!(response.headers().contains_key(context::REQUEST_ID));
         let body = to_bytes(response.into_body(), 4096).await.expect("a body");
@@ -186,8 +159,7 @@ mod tests {
 
     #[test]
     fn tls_is_demanded_only_where_cookies_demand_it_too() {
-        let demanded =
-            |secure| headers(secure).any(|(name, _)| name == header::STRICT_TRANSPORT_SECURITY);
+        let demanded = |secure| headers(secure).any(|(name, _)| name == header::STRICT_TRANSPORT_SECURITY);
         assert!(demanded(true) && !demanded(false));
     }
 }

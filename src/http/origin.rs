@@ -17,17 +17,8 @@ use crate::app::App;
 
 /// Refuses what comes from a foreign site.
 pub async fn refuse_foreign(State(app): State<App>, request: Request, next: Next) -> Response {
-    let changes = !matches!(
-        *request.method(),
-        Method::GET | Method::HEAD | Method::OPTIONS
-    );
-    if changes
-        && is_foreign(
-            request.headers(),
-            request.uri(),
-            &app.config.http.cors_origins,
-        )
-    {
+    let changes = !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
+    if changes && is_foreign(request.headers(), request.uri(), &app.config.http.cors_origins) {
         return ApiError::ForeignOrigin.into_response();
     }
     next.run(request).await
@@ -36,11 +27,7 @@ pub async fn refuse_foreign(State(app): State<App>, request: Request, next: Next
 /// Whether a browser says that another site is behind the request. `ours` are origins the operator
 /// has named.
 fn is_foreign(headers: &HeaderMap, uri: &Uri, ours: &[String]) -> bool {
-    let text = |name| {
-        headers
-            .get(name)
-            .map(|value: &header::HeaderValue| value.as_bytes())
-    };
+    let text = |name| headers.get(name).map(|value: &header::HeaderValue| value.as_bytes());
     let origin = text(header::ORIGIN.as_str()).filter(|origin| !origin.is_empty());
     if origin.is_some_and(|origin| ours.iter().any(|own| own.as_bytes() == origin)) {
         return false;
@@ -52,10 +39,7 @@ fn is_foreign(headers: &HeaderMap, uri: &Uri, ours: &[String]) -> bool {
         Some(_) => return true,
     }
     let Some(origin) = origin else { return false };
-    let Some(origin_host) = Uri::try_from(origin)
-        .ok()
-        .and_then(|origin| origin.host().map(str::to_owned))
-    else {
+    let Some(origin_host) = Uri::try_from(origin).ok().and_then(|origin| origin.host().map(str::to_owned)) else {
         // "null" (a sandboxed page, a local file), or nothing that was ever an origin.
         return true;
     };
@@ -64,15 +48,9 @@ fn is_foreign(headers: &HeaderMap, uri: &Uri, ours: &[String]) -> bool {
     let addressed = [text("host"), text("x-forwarded-host")];
     let is_own = |host: &[u8]| {
         let host = Uri::try_from(host).ok();
-        host.and_then(|host| {
-            host.host()
-                .map(|host| host.eq_ignore_ascii_case(&origin_host))
-        })
-        .unwrap_or(false)
+        host.and_then(|host| host.host().map(|host| host.eq_ignore_ascii_case(&origin_host))).unwrap_or(false)
     };
-    let by_target = uri
-        .host()
-        .is_some_and(|host| host.eq_ignore_ascii_case(&origin_host));
+    let by_target = uri.host().is_some_and(|host| host.eq_ignore_ascii_case(&origin_host));
     !by_target && !addressed.into_iter().flatten().any(is_own)
 }
 
@@ -83,18 +61,9 @@ mod tests {
     fn foreign(given: &[(&'static str, &'static str)]) -> bool {
         let headers = given
             .iter()
-            .map(|(name, value)| {
-                (
-                    name.parse().expect("a name"),
-                    value.parse().expect("a value"),
-                )
-            })
+            .map(|(name, value)| (name.parse().expect("a name"), value.parse().expect("a value")))
             .collect();
-        is_foreign(
-            &headers,
-            &Uri::from_static("/login"),
-            &["https://app.example".to_owned()],
-        )
+        is_foreign(&headers, &Uri::from_static("/login"), &["https://app.example".to_owned()])
     }
 
     #[test]
@@ -106,18 +75,10 @@ mod tests {
             ("cross-site", true),
             ("what-is-this", true),
         ] {
-            assert_eq!(
-                foreign(&[("host", "auth.test"), ("sec-fetch-site", site)]),
-                expected,
-                "{site}"
-            );
+            assert_eq!(foreign(&[("host", "auth.test"), ("sec-fetch-site", site)]), expected, "{site}");
         }
         // A matching host does not help a page the browser calls foreign.
-        assert!(foreign(&[
-            ("host", "a.test"),
-            ("origin", "https://a.test"),
-            ("sec-fetch-site", "cross-site")
-        ]));
+        assert!(foreign(&[("host", "a.test"), ("origin", "https://a.test"), ("sec-fetch-site", "cross-site")]));
     }
 
     #[test]
@@ -133,21 +94,14 @@ mod tests {
             ("", "auth.test", false),
             ("::::", "auth.test", true),
         ] {
-            assert_eq!(
-                foreign(&[("host", host), ("origin", origin)]),
-                expected,
-                "{origin} to {host}"
-            );
+            assert_eq!(foreign(&[("host", host), ("origin", origin)]), expected, "{origin} to {host}");
         }
     }
 
     #[test]
     fn behind_a_gateway_the_forwarded_host_is_the_one_addressed() {
-        let through = [
-            ("host", "auth-service:4003"),
-            ("origin", "http://shop.test"),
-            ("x-forwarded-host", "shop.test"),
-        ];
+        let through =
+            [("host", "auth-service:4003"), ("origin", "http://shop.test"), ("x-forwarded-host", "shop.test")];
         assert!(!foreign(&through));
         assert!(foreign(&through[..2]));
     }
@@ -155,20 +109,9 @@ mod tests {
     #[test]
     fn origins_the_operator_named_are_ours() {
         let cross = [("host", "auth.test"), ("sec-fetch-site", "cross-site")];
-        assert!(!foreign(&[
-            cross[0],
-            cross[1],
-            ("origin", "https://app.example")
-        ]));
-        assert!(foreign(&[
-            cross[0],
-            cross[1],
-            ("origin", "https://app.example.evil.test")
-        ]));
-        assert!(!foreign(&[
-            ("host", "auth.test"),
-            ("origin", "https://app.example")
-        ]));
+        assert!(!foreign(&[cross[0], cross[1], ("origin", "https://app.example")]));
+        assert!(foreign(&[cross[0], cross[1], ("origin", "https://app.example.evil.test")]));
+        assert!(!foreign(&[("host", "auth.test"), ("origin", "https://app.example")]));
     }
 
     #[test]

@@ -20,13 +20,10 @@ pub fn wanted(headers: &HeaderMap) -> bool {
         .flat_map(|value| value.split(','))
         .any(|range| {
             let mut parts = range.split(';').map(str::trim);
-            let named = parts
-                .next()
-                .is_some_and(|media| media.eq_ignore_ascii_case(MEDIA_TYPE));
+            let named = parts.next().is_some_and(|media| media.eq_ignore_ascii_case(MEDIA_TYPE));
             let refused = parts.any(|parameter| {
                 let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-                name.trim().eq_ignore_ascii_case("q")
-                    && value.trim().parse::<f32>().is_ok_and(|q| q <= 0.0)
+                name.trim().eq_ignore_ascii_case("q") && value.trim().parse::<f32>().is_ok_and(|q| q <= 0.0)
             });
             named && !refused
         })
@@ -37,15 +34,11 @@ pub fn rewrite(response: Response, request_id: &str) -> Response {
     let Some(error) = response.extensions().get::<ApiError>() else {
         return response;
     };
-    let (replacement, body) = Json(document(error, request_id))
-        .into_response()
-        .into_parts();
+    let (replacement, body) = Json(document(error, request_id)).into_response().into_parts();
     let (mut parts, _) = response.into_parts();
     parts.headers.remove(header::CONTENT_LENGTH);
     parts.headers.extend(replacement.headers);
-    parts
-        .headers
-        .insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
+    parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
     Response::from_parts(parts, body)
 }
 
@@ -77,8 +70,7 @@ mod tests {
             ("application/json", false),
             ("*/*", false),
         ] {
-            let headers =
-                HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_static(accept))]);
+            let headers = HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_static(accept))]);
             assert_eq!(wanted(&headers), expected, "{accept}");
         }
         assert!(!wanted(&HeaderMap::new()));

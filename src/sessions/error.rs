@@ -55,9 +55,7 @@ impl fmt::Display for Over {
             Over::Invalid => "The token is not valid: sign in again",
             Over::Expired => "The token has expired: sign in again",
             Over::Ended => "The session has ended: sign in again",
-            Over::Reused => {
-                "The token was used before, so the session has been ended: sign in again"
-            }
+            Over::Reused => "The token was used before, so the session has been ended: sign in again",
             Over::AheadOfRecord => "The session is not known in this state: sign in again",
         })
     }

@@ -16,12 +16,7 @@ use crate::{
 /// A refresh token whose signature is good.
 pub(super) enum Presented {
     /// One of ours.
-    Ours {
-        session_id: Uuid,
-        generation: i32,
-        jti: Uuid,
-        user_id: String,
-    },
+    Ours { session_id: Uuid, generation: i32, jti: Uuid, user_id: String },
     /// One the replaced service had signed with the same key, by its SHA-256.
     Legacy { hash: Vec<u8>, user_id: UserId },
 }
@@ -41,13 +36,8 @@ impl Presented {
             Err(_) => match signer.verify_legacy_refresh(token) {
                 Ok(claims) => match i32::try_from(claims.user_id) {
                     Ok(id) => {
-                        let hash = digest::digest(&digest::SHA256, token.as_bytes())
-                            .as_ref()
-                            .to_vec();
-                        return Ok(Presented::Legacy {
-                            hash,
-                            user_id: UserId(id),
-                        });
+                        let hash = digest::digest(&digest::SHA256, token.as_bytes()).as_ref().to_vec();
+                        return Ok(Presented::Legacy { hash, user_id: UserId(id) });
                     }
                     Err(_) => TokenError::Invalid,
                 },
@@ -71,19 +61,12 @@ impl Presented {
         }
     }
 
-    pub async fn replace(
-        &self,
-        conn: &mut PgConnection,
-        signer: &TokenSigner,
-    ) -> Result<Option<Found>, sqlx::Error> {
+    pub async fn replace(&self, conn: &mut PgConnection, signer: &TokenSigner) -> Result<Option<Found>, sqlx::Error> {
         let next = next_token(signer);
         match self {
-            Presented::Ours {
-                session_id,
-                generation,
-                jti,
-                ..
-            } => sessions::rotate(conn, *session_id, *generation, *jti, &next).await,
+            Presented::Ours { session_id, generation, jti, .. } => {
+                sessions::rotate(conn, *session_id, *generation, *jti, &next).await
+            }
             Presented::Legacy { hash, user_id } => {
                 let absolute = Utc::now() + signer.settings().session_ttl;
                 sessions::exchange(conn, hash, *user_id, &next, absolute).await
@@ -97,21 +80,14 @@ impl Presented {
             return RefreshDecision::Ended;
         }
         match self {
-            Presented::Ours { user_id, .. } if *user_id != user.id.to_string() => {
-                RefreshDecision::Ended
-            }
+            Presented::Ours { user_id, .. } if *user_id != user.id.to_string() => RefreshDecision::Ended,
             // The right generation by count alone: a restored backup went another way from there.
-            Presented::Ours {
-                generation, jti, ..
-            } if *generation == session.generation
-                && *jti != session.jti
-                && session.is_live(*now) =>
+            Presented::Ours { generation, jti, .. }
+                if *generation == session.generation && *jti != session.jti && session.is_live(*now) =>
             {
                 RefreshDecision::AheadOfRecord
             }
-            Presented::Ours { generation, .. } => {
-                session.on_refresh(*generation, *now, reuse_window)
-            }
+            Presented::Ours { generation, .. } => session.on_refresh(*generation, *now, reuse_window),
             Presented::Legacy { user_id, .. } if *user_id != user.id => RefreshDecision::Ended,
             // Not exchanged yet: good until its own expiry, which its signature vouches for.
             Presented::Legacy { .. } if session.generation == 0 => match session.revoked_at {
@@ -141,14 +117,8 @@ pub(super) async fn look(
         return Ok(Err(Over::Ended));
     };
     match presented.decide(&found, app.signer.settings().reuse_window) {
-        RefreshDecision::Rotate => Ok(Ok(Good {
-            found,
-            current: true,
-        })),
-        RefreshDecision::Reissue => Ok(Ok(Good {
-            found,
-            current: false,
-        })),
+        RefreshDecision::Rotate => Ok(Ok(Good { found, current: true })),
+        RefreshDecision::Reissue => Ok(Ok(Good { found, current: false })),
         RefreshDecision::Ended => Ok(Err(Over::Ended)),
         RefreshDecision::AheadOfRecord => {
             tracing::error!(
@@ -182,8 +152,7 @@ mod tests {
 
     /// Refreshed twice, the last time at 100.
     fn found(status: UserStatus) -> Found {
-        let at =
-            |seconds: i64| DateTime::from_timestamp(1_800_000_000 + seconds, 0).expect("in range");
+        let at = |seconds: i64| DateTime::from_timestamp(1_800_000_000 + seconds, 0).expect("in range");
         Found {
             session: Session {
                 id: 1,
@@ -222,10 +191,7 @@ mod tests {
     }
 
     fn legacy(user_id: i32) -> Presented {
-        Presented::Legacy {
-            hash: vec![],
-            user_id: UserId(user_id),
-        }
+        Presented::Legacy { hash: vec![], user_id: UserId(user_id) }
     }
 
     #[test]
@@ -238,22 +204,13 @@ mod tests {
 
     #[test]
     fn a_generation_that_counts_right_but_has_another_id_is_from_a_lost_history() {
-        assert_eq!(
-            ours(2, 9).decide(&found(UserStatus::Active), WINDOW),
-            RefreshDecision::AheadOfRecord
-        );
+        assert_eq!(ours(2, 9).decide(&found(UserStatus::Active), WINDOW), RefreshDecision::AheadOfRecord);
     }
 
     #[test]
     fn a_user_who_is_leaving_refreshes_nothing_and_a_pending_one_does() {
-        assert_eq!(
-            ours(2, 2).decide(&found(UserStatus::Closing), WINDOW),
-            RefreshDecision::Ended
-        );
-        assert_eq!(
-            ours(2, 2).decide(&found(UserStatus::Pending), WINDOW),
-            RefreshDecision::Rotate
-        );
+        assert_eq!(ours(2, 2).decide(&found(UserStatus::Closing), WINDOW), RefreshDecision::Ended);
+        assert_eq!(ours(2, 2).decide(&found(UserStatus::Pending), WINDOW), RefreshDecision::Rotate);
     }
 
     #[test]
@@ -267,14 +224,8 @@ mod tests {
 
         let mut exchanged = self::found(UserStatus::Active);
         exchanged.session.generation = 1;
-        assert_eq!(
-            legacy(7).decide(&exchanged, WINDOW),
-            RefreshDecision::Reissue
-        );
+        assert_eq!(legacy(7).decide(&exchanged, WINDOW), RefreshDecision::Reissue);
         exchanged.now += WINDOW;
-        assert_eq!(
-            legacy(7).decide(&exchanged, WINDOW),
-            RefreshDecision::Reused
-        );
+        assert_eq!(legacy(7).decide(&exchanged, WINDOW), RefreshDecision::Reused);
     }
 }

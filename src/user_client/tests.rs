@@ -122,7 +122,9 @@ async fn only_three_codes_refuse_and_every_other_one_is_no_answer() {
 
 #[tokio::test]
 async fn a_lookup_that_fails_creates_nothing() {
-    for code in [Code::Internal, Code::PermissionDenied, Code::Unauthenticated, Code::InvalidArgument, Code::Unavailable] {
+    for code in
+        [Code::Internal, Code::PermissionDenied, Code::Unauthenticated, Code::InvalidArgument, Code::Unavailable]
+    {
         let told = Told::new(Err(code), Ok(None), Ok(0));
         assert!(matches!(settled(&told).await, Answer::NoAnswer(_)), "{code:?}");
         assert_eq!(*told.calls.lock().expect("no panic"), ["get"], "{code:?}");
@@ -166,7 +168,8 @@ async fn a_service_that_is_away_gives_no_answer() {
 #[tokio::test]
 async fn a_service_that_is_silent_gives_no_answer_in_time() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let client = UserServiceClient::new(&format!("http://{}", listener.local_addr().expect("an address"))).expect("a client");
+    let client =
+        UserServiceClient::new(&format!("http://{}", listener.local_addr().expect("an address"))).expect("a client");
     let settled = client.settle(5, "Anna", "anna@example.com", SAGA);
     let answer = tokio::time::timeout(CALL_DEADLINE * 2, settled).await.expect("within the deadline");
     assert!(matches!(answer, Answer::NoAnswer(_)), "{answer:?}");

@@ -26,15 +26,7 @@ fn bad(
     status: u16,
     code: &'static str,
 ) -> Bad {
-    Bad {
-        what,
-        method,
-        path,
-        headers: JSON,
-        body,
-        status,
-        code,
-    }
+    Bad { what, method, path, headers: JSON, body, status, code }
 }
 
 fn bad_requests() -> Vec<Bad> {
@@ -49,16 +41,8 @@ fn bad_requests() -> Vec<Bad> {
         post("a string", "/register", "\"ada\""),
         post("null", "/auth/register", "null"),
         post("no field", "/auth/register", "{}"),
-        post(
-            "numbers",
-            "/auth/register",
-            r#"{"username":1,"email":2,"password":3}"#,
-        ),
-        post(
-            "objects",
-            "/auth/register",
-            r#"{"username":{},"email":[],"password":true}"#,
-        ),
+        post("numbers", "/auth/register", r#"{"username":1,"email":2,"password":3}"#),
+        post("objects", "/auth/register", r#"{"username":{},"email":[],"password":true}"#),
         post(
             "a field twice",
             "/auth/register",
@@ -84,57 +68,19 @@ fn bad_requests() -> Vec<Bad> {
             "/auth/register",
             r#"{"username":"a","email":"a@b.cd","password":"a long enough secret"}"#,
         ),
-        post(
-            "no address",
-            "/auth/register",
-            r#"{"username":"ada","email":"ada","password":"a long enough secret"}"#,
-        ),
-        post(
-            "two @",
-            "/auth/register",
-            r#"{"username":"ada","email":"a@b@c.de","password":"a long enough secret"}"#,
-        ),
-        post(
-            "an empty password",
-            "/auth/register",
-            r#"{"username":"ada","email":"a@b.cd","password":""}"#,
-        ),
-        post(
-            "a short password",
-            "/auth/register",
-            r#"{"username":"ada","email":"a@b.cd","password":"short"}"#,
-        ),
+        post("no address", "/auth/register", r#"{"username":"ada","email":"ada","password":"a long enough secret"}"#),
+        post("two @", "/auth/register", r#"{"username":"ada","email":"a@b@c.de","password":"a long enough secret"}"#),
+        post("an empty password", "/auth/register", r#"{"username":"ada","email":"a@b.cd","password":""}"#),
+        post("a short password", "/auth/register", r#"{"username":"ada","email":"a@b.cd","password":"short"}"#),
         with(
             post("an empty key", "/auth/register", "{}"),
-            &[
-                ("content-type", "application/json"),
-                ("idempotency-key", ""),
-            ],
+            &[("content-type", "application/json"), ("idempotency-key", "")],
         ),
         post("login without a name", "/auth/login", r#"{"password":"x"}"#),
-        post(
-            "login without a password",
-            "/auth/login",
-            r#"{"identifier":"ada"}"#,
-        ),
-        post(
-            "login with an empty name",
-            "/login",
-            r#"{"identifier":" ","password":"x"}"#,
-        ),
-        post(
-            "login with a number",
-            "/auth/login",
-            r#"{"identifier":7,"password":"x"}"#,
-        ),
-        bad(
-            "unknown user",
-            Method::POST,
-            "/auth/login",
-            login,
-            401,
-            "INVALID_CREDENTIALS",
-        ),
+        post("login without a password", "/auth/login", r#"{"identifier":"ada"}"#),
+        post("login with an empty name", "/login", r#"{"identifier":" ","password":"x"}"#),
+        post("login with a number", "/auth/login", r#"{"identifier":7,"password":"x"}"#),
+        bad("unknown user", Method::POST, "/auth/login", login, 401, "INVALID_CREDENTIALS"),
         bad(
             "a NUL in a login",
             Method::POST,
@@ -144,193 +90,47 @@ fn bad_requests() -> Vec<Bad> {
             "INVALID_CREDENTIALS",
         ),
         with(
-            bad(
-                "a form",
-                Method::POST,
-                "/auth/login",
-                "identifier=ada",
-                415,
-                "UNSUPPORTED_MEDIA_TYPE",
-            ),
+            bad("a form", Method::POST, "/auth/login", "identifier=ada", 415, "UNSUPPORTED_MEDIA_TYPE"),
             &[("content-type", "application/x-www-form-urlencoded")],
         ),
         with(
-            bad(
-                "plain text",
-                Method::POST,
-                "/auth/register",
-                login,
-                415,
-                "UNSUPPORTED_MEDIA_TYPE",
-            ),
+            bad("plain text", Method::POST, "/auth/register", login, 415, "UNSUPPORTED_MEDIA_TYPE"),
             &[("content-type", "text/plain")],
         ),
+        with(bad("no type", Method::POST, "/auth/login", login, 415, "UNSUPPORTED_MEDIA_TYPE"), &[]),
+        bad("logout without a cookie", Method::DELETE, "/auth/logout", "", 400, "TOKEN_NOT_FOUND"),
         with(
-            bad(
-                "no type",
-                Method::POST,
-                "/auth/login",
-                login,
-                415,
-                "UNSUPPORTED_MEDIA_TYPE",
-            ),
-            &[],
-        ),
-        bad(
-            "logout without a cookie",
-            Method::DELETE,
-            "/auth/logout",
-            "",
-            400,
-            "TOKEN_NOT_FOUND",
-        ),
-        with(
-            bad(
-                "logout with rubbish",
-                Method::DELETE,
-                "/logout",
-                "",
-                400,
-                "TOKEN_NOT_FOUND",
-            ),
+            bad("logout with rubbish", Method::DELETE, "/logout", "", 400, "TOKEN_NOT_FOUND"),
             &[("cookie", "refreshToken=rubbish; accessToken=a.b.c")],
         ),
-        bad(
-            "an unknown scope",
-            Method::DELETE,
-            "/auth/logout?scope=everything",
-            "",
-            400,
-            "VALIDATION_ERROR",
-        ),
-        bad(
-            "nobody",
-            Method::GET,
-            "/auth/me",
-            "",
-            401,
-            "TOKEN_NOT_FOUND",
-        ),
+        bad("an unknown scope", Method::DELETE, "/auth/logout?scope=everything", "", 400, "VALIDATION_ERROR"),
+        bad("nobody", Method::GET, "/auth/me", "", 401, "TOKEN_NOT_FOUND"),
         with(
-            bad(
-                "a forged token",
-                Method::GET,
-                "/me",
-                "",
-                401,
-                "TOKEN_INVALID",
-            ),
+            bad("a forged token", Method::GET, "/me", "", 401, "TOKEN_INVALID"),
             &[("cookie", "accessToken=eyJhbGciOiJub25lIn0.e30.")],
         ),
         with(
-            bad(
-                "a cookie twice",
-                Method::GET,
-                "/auth/me",
-                "",
-                400,
-                "VALIDATION_ERROR",
-            ),
+            bad("a cookie twice", Method::GET, "/auth/me", "", 400, "VALIDATION_ERROR"),
             &[("cookie", "accessToken=a; accessToken=b")],
         ),
-        bad(
-            "no such route",
-            Method::GET,
-            "/auth/nothing",
-            "",
-            404,
-            "NOT_FOUND",
-        ),
-        bad(
-            "no such bare route",
-            Method::POST,
-            "/nothing",
-            "{}",
-            404,
-            "NOT_FOUND",
-        ),
-        bad(
-            "refresh is off",
-            Method::POST,
-            "/auth/refresh",
-            "",
-            404,
-            "NOT_FOUND",
-        ),
-        bad(
-            "a slash too many",
-            Method::GET,
-            "/auth/me/",
-            "",
-            404,
-            "NOT_FOUND",
-        ),
-        bad(
-            "a wrong method",
-            Method::GET,
-            "/auth/register",
-            "",
-            405,
-            "METHOD_NOT_ALLOWED",
-        ),
-        bad(
-            "a wrong bare method",
-            Method::PUT,
-            "/login",
-            "{}",
-            405,
-            "METHOD_NOT_ALLOWED",
-        ),
-        bad(
-            "TRACE",
-            Method::TRACE,
-            "/auth/me",
-            "",
-            405,
-            "METHOD_NOT_ALLOWED",
-        ),
-        bad(
-            "logout by GET",
-            Method::GET,
-            "/auth/logout",
-            "",
-            405,
-            "METHOD_NOT_ALLOWED",
+        bad("no such route", Method::GET, "/auth/nothing", "", 404, "NOT_FOUND"),
+        bad("no such bare route", Method::POST, "/nothing", "{}", 404, "NOT_FOUND"),
+        bad("refresh is off", Method::POST, "/auth/refresh", "", 404, "NOT_FOUND"),
+        bad("a slash too many", Method::GET, "/auth/me/", "", 404, "NOT_FOUND"),
+        bad("a wrong method", Method::GET, "/auth/register", "", 405, "METHOD_NOT_ALLOWED"),
+        bad("a wrong bare method", Method::PUT, "/login", "{}", 405, "METHOD_NOT_ALLOWED"),
+        bad("TRACE", Method::TRACE, "/auth/me", "", 405, "METHOD_NOT_ALLOWED"),
+        bad("logout by GET", Method::GET, "/auth/logout", "", 405, "METHOD_NOT_ALLOWED"),
+        with(
+            bad("a foreign site", Method::POST, "/auth/login", login, 403, "FOREIGN_ORIGIN"),
+            &[("content-type", "application/json"), ("sec-fetch-site", "cross-site")],
         ),
         with(
-            bad(
-                "a foreign site",
-                Method::POST,
-                "/auth/login",
-                login,
-                403,
-                "FOREIGN_ORIGIN",
-            ),
-            &[
-                ("content-type", "application/json"),
-                ("sec-fetch-site", "cross-site"),
-            ],
-        ),
-        with(
-            bad(
-                "a foreign origin",
-                Method::DELETE,
-                "/auth/logout",
-                "",
-                403,
-                "FOREIGN_ORIGIN",
-            ),
+            bad("a foreign origin", Method::DELETE, "/auth/logout", "", 403, "FOREIGN_ORIGIN"),
             &[("origin", "https://evil.test")],
         ),
         with(
-            bad(
-                "a sandboxed page",
-                Method::POST,
-                "/auth/register",
-                "{}",
-                403,
-                "FOREIGN_ORIGIN",
-            ),
+            bad("a sandboxed page", Method::POST, "/auth/register", "{}", 403, "FOREIGN_ORIGIN"),
             &[("content-type", "application/json"), ("origin", "null")],
         ),
     ]
@@ -354,32 +154,14 @@ async fn bad_requests_get_their_documented_answers() {
             let body: Value = response.json().await.unwrap();
             match problem {
                 false => {
-                    assert_eq!(
-                        headers[header::CONTENT_TYPE],
-                        "application/json",
-                        "{}",
-                        bad.what
-                    );
+                    assert_eq!(headers[header::CONTENT_TYPE], "application/json", "{}", bad.what);
                     assert_eq!(code(&body), bad.code, "{}", bad.what);
                     assert_eq!(body["statusCode"], bad.status);
-                    assert_eq!(
-                        body["errors"].is_array(),
-                        bad.code == "VALIDATION_ERROR",
-                        "{}: {body}",
-                        bad.what
-                    );
+                    assert_eq!(body["errors"].is_array(), bad.code == "VALIDATION_ERROR", "{}: {body}", bad.what);
                 }
                 true => {
-                    assert_eq!(
-                        headers[header::CONTENT_TYPE],
-                        "application/problem+json",
-                        "{}",
-                        bad.what
-                    );
-                    assert_eq!(
-                        (&body["code"], &body["status"]),
-                        (&json!(bad.code), &json!(bad.status))
-                    );
+                    assert_eq!(headers[header::CONTENT_TYPE], "application/problem+json", "{}", bad.what);
+                    assert_eq!((&body["code"], &body["status"]), (&json!(bad.code), &json!(bad.status)));
                     assert_eq!(body["requestId"], headers["x-request-id"].to_str().unwrap());
                 }
             }
@@ -388,16 +170,8 @@ async fn bad_requests_get_their_documented_answers() {
             }
             assert_eq!(headers[header::CACHE_CONTROL], "no-store", "{}", bad.what);
             assert_eq!(headers[header::X_CONTENT_TYPE_OPTIONS], "nosniff");
-            assert_eq!(
-                headers[header::CONTENT_SECURITY_POLICY],
-                "default-src 'none'; frame-ancestors 'none'"
-            );
-            assert_eq!(
-                headers.contains_key(header::ALLOW),
-                bad.status == 405,
-                "{}",
-                bad.what
-            );
+            assert_eq!(headers[header::CONTENT_SECURITY_POLICY], "default-src 'none'; frame-ancestors 'none'");
+            assert_eq!(headers.contains_key(header::ALLOW), bad.status == 405, "{}", bad.what);
         }
     }
     assert_eq!(service.count("select count(*) from auth_users").await, 0);
@@ -426,9 +200,7 @@ async fn a_body_of_just_the_limit_is_read() {
     let service = TestService::rest().await;
     let mut body = registration("ada").to_string();
     body.push_str(&" ".repeat(16 * 1024 - body.len()));
-    let request = service
-        .request(Method::POST, "/auth/register")
-        .header(header::CONTENT_TYPE, "application/json");
+    let request = service.request(Method::POST, "/auth/register").header(header::CONTENT_TYPE, "application/json");
     assert_eq!(request.body(body).send().await.unwrap().status(), 201);
     service.stop().await;
 }

@@ -98,15 +98,10 @@ async fn service() -> (TestService, Proxy) {
     let options = PARTS.connect_options(&database);
     let proxy = Proxy::to(format!("{}:{}", options.get_host(), options.get_port())).await;
     let direct = format!(":{}/", options.get_port());
-    let url = PARTS
-        .database_url(&database)
-        .replace(&direct, &format!(":{}/", proxy.port));
+    let url = PARTS.database_url(&database).replace(&direct, &format!(":{}/", proxy.port));
     let wishes = Wishes {
         roles: Some(vec![Role::Http]),
-        vars: vec![
-            ("DATABASE_URL", url),
-            ("DB_ACQUIRE_TIMEOUT", "1s".to_owned()),
-        ],
+        vars: vec![("DATABASE_URL", url), ("DB_ACQUIRE_TIMEOUT", "1s".to_owned())],
         beside: Some((database, "doubt.".to_owned())),
         no_topics: true,
     };
@@ -114,9 +109,7 @@ async fn service() -> (TestService, Proxy) {
 }
 
 async fn register(service: &TestService) -> Response {
-    let request = service
-        .request(Method::POST, "/auth/register")
-        .header("idempotency-key", "the-one");
+    let request = service.request(Method::POST, "/auth/register").header("idempotency-key", "the-one");
     request.json(&registration("ada")).send().await.unwrap()
 }
 
@@ -125,22 +118,11 @@ async fn a_commit_whose_answer_is_lost_is_found_out_to_have_happened() {
     let (service, proxy) = service().await;
     proxy.set(Fault::AnswerLost);
     let response = register(&service).await;
-    assert_eq!(
-        *proxy.fault.lock().unwrap(),
-        Fault::None,
-        "the answer was lost"
-    );
+    assert_eq!(*proxy.fault.lock().unwrap(), Fault::None, "the answer was lost");
     assert_eq!(response.status(), 201);
     assert_eq!(service.count("select count(*) from auth_users").await, 1);
     assert_eq!(service.count("select count(*) from outbox").await, 1);
-    assert_eq!(
-        Browser::logged_in(&service, "ada")
-            .await
-            .get(&service, "/me")
-            .await
-            .status(),
-        200
-    );
+    assert_eq!(Browser::logged_in(&service, "ada").await.get(&service, "/me").await.status(), 200);
     service.stop().await;
 }
 
@@ -165,18 +147,12 @@ async fn an_outcome_that_cannot_be_learnt_is_said_to_be_unknown_and_a_retry_gets
     let response = register(&service).await;
     assert_eq!(response.status(), 503);
     assert!(response.headers().contains_key(header::RETRY_AFTER));
-    assert_eq!(
-        code(&response.json::<Value>().await.unwrap()),
-        "OUTCOME_UNKNOWN"
-    );
+    assert_eq!(code(&response.json::<Value>().await.unwrap()), "OUTCOME_UNKNOWN");
     proxy.set(Fault::None);
     let retried = register(&service).await;
     assert_eq!(retried.status(), 201);
     assert_eq!(service.count("select count(*) from auth_users").await, 1);
     assert_eq!(service.count("select count(*) from outbox").await, 1);
-    assert_eq!(
-        service.count("select count(*) from refresh_tokens").await,
-        1
-    );
+    assert_eq!(service.count("select count(*) from refresh_tokens").await, 1);
     service.stop().await;
 }

@@ -3,8 +3,12 @@
 
 mod support;
 
+mod admin;
+mod adoption;
 mod bad_requests;
 mod commit_in_doubt;
+mod grpc;
+mod grpc_tls;
 mod http;
 mod registration;
 mod relay;

@@ -81,7 +81,12 @@ async fn a_close_takes_the_user_back_and_frees_its_names() {
     let (id, saga_id) = (data["id"].to_string(), data["sagaId"].as_str().unwrap().to_owned());
     service.messages("user.create", 1).await;
     service
-        .reply("user.create.close", &id, &[("saga-id", &saga_id)], json!({ "id": data["id"], "reason": "blocked region" }))
+        .reply(
+            "user.create.close",
+            &id,
+            &[("saga-id", &saga_id)],
+            json!({ "id": data["id"], "reason": "blocked region" }),
+        )
         .await;
     service.until_saga_is(&saga_id, "compensated").await;
     assert_eq!(service.count("select count(*) from auth_users").await, 0);
@@ -99,7 +104,9 @@ async fn a_done_completes_the_saga_and_activates_the_user() {
     let service = TestService::start().await;
     let data = service.registered("ada").await;
     let saga_id = data["sagaId"].as_str().unwrap();
-    service.reply("user.create.done", &data["id"].to_string(), &[("saga-id", saga_id)], json!({ "id": data["id"] })).await;
+    service
+        .reply("user.create.done", &data["id"].to_string(), &[("saga-id", saga_id)], json!({ "id": data["id"] }))
+        .await;
     service.until_saga_is(saga_id, "completed").await;
     assert_eq!(service.count("select count(*) from auth_users where status = 'active'").await, 1);
     service.stop().await;
@@ -156,12 +163,18 @@ async fn names_that_differ_only_in_case_are_one() {
     let service = TestService::with_roles(&WITHOUT_RELAY).await;
     service.registered("ada").await;
     let taken = service
-        .post("/auth/register", json!({ "username": "Ada", "email": "other@example.com", "password": "a long enough secret" }))
+        .post(
+            "/auth/register",
+            json!({ "username": "Ada", "email": "other@example.com", "password": "a long enough secret" }),
+        )
         .await;
     assert_eq!(taken.status(), 409);
     assert_eq!(taken.json::<Value>().await.unwrap()["errorCode"], "USERNAME_ALREADY_EXISTS");
     let taken = service
-        .post("/auth/register", json!({ "username": "other", "email": "ADA@Example.com", "password": "a long enough secret" }))
+        .post(
+            "/auth/register",
+            json!({ "username": "other", "email": "ADA@Example.com", "password": "a long enough secret" }),
+        )
         .await;
     assert_eq!(taken.json::<Value>().await.unwrap()["errorCode"], "EMAIL_ALREADY_EXISTS");
     service.stop().await;

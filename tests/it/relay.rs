@@ -83,10 +83,8 @@ impl Outbox {
     }
 
     async fn until(&self, query: &'static str, expected: i64) {
-        eventually(&format!("{query} = {expected}"), || async {
-            (self.count(query).await == expected).then_some(())
-        })
-        .await;
+        eventually(&format!("{query} = {expected}"), || async { (self.count(query).await == expected).then_some(()) })
+            .await;
     }
 
     async fn texts_by_key(&self) -> BTreeMap<String, Vec<String>> {
@@ -196,7 +194,11 @@ async fn a_dead_relays_lanes_are_taken_over_and_nothing_is_lost() {
     let mut texts = outbox.texts_by_key().await.remove("a").unwrap();
     texts.dedup();
     let mut first: Vec<String> = vec![];
-    texts.into_iter().for_each(|text| if !first.contains(&text) { first.push(text) });
+    texts.into_iter().for_each(|text| {
+        if !first.contains(&text) {
+            first.push(text)
+        }
+    });
     assert_eq!(first, numbers(20));
 }
 

@@ -1,10 +1,10 @@
 //! Replies, silence, and messages nobody asked for.
 
-use auth_service::app::Role;
 use auth_proto::user::v1::{
     CreateUserRequest, CreateUserResponse, GetUserRequest, User,
     user_service_server::{UserService, UserServiceServer},
 };
+use auth_service::app::Role;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -34,7 +34,8 @@ async fn a_message_that_makes_no_sense_is_kept_and_the_partition_goes_on() {
     let (id, saga_id) = (data["id"].to_string(), data["sagaId"].as_str().unwrap().to_owned());
     let key = id.as_str();
     let unknown_saga = Uuid::now_v7().to_string();
-    let bad: [(&[(&str, &str)], &[u8], &str, &str); 12] = [
+    type Bad<'a> = (&'a [(&'a str, &'a str)], &'a [u8], &'a str, &'a str);
+    let bad: [Bad<'_>; 12] = [
         (&[], b"not json", "not JSON", "rejected"),
         (&[], b"\xff\xfe\x00", "not JSON", "rejected"),
         (&[], b"", "no value", "rejected"),
@@ -56,11 +57,13 @@ async fn a_message_that_makes_no_sense_is_kept_and_the_partition_goes_on() {
     service.until_saga_is(&saga_id, "compensated").await;
     for (_, payload, detail, expected) in &bad {
         assert_eq!(outcome_of(&service, detail).await, *expected, "{detail}");
-        let kept: bool = sqlx::query_scalar("select exists (select from inbox where raw_payload = $1 or ($1 = '' and detail like '%no value%'))")
-            .bind(payload)
-            .fetch_one(&service.db)
-            .await
-            .unwrap();
+        let kept: bool = sqlx::query_scalar(
+            "select exists (select from inbox where raw_payload = $1 or ($1 = '' and detail like '%no value%'))",
+        )
+        .bind(payload)
+        .fetch_one(&service.db)
+        .await
+        .unwrap();
         assert!(kept, "the bytes of {detail:?} are kept");
     }
     assert_eq!(service.count("select count(*) from inbox").await, 13);
@@ -78,7 +81,9 @@ async fn a_close_never_deletes_a_user_that_is_active_or_of_another_saga() {
     let bob = service.registered("bob").await;
     let bob_saga = bob["sagaId"].as_str().unwrap();
 
-    service.reply("user.create.close", &ada_id, &[("saga-id", ada_saga)], json!({ "id": ada["id"], "reason": "forged" })).await;
+    service
+        .reply("user.create.close", &ada_id, &[("saga-id", ada_saga)], json!({ "id": ada["id"], "reason": "forged" }))
+        .await;
     service.reply("user.create.close", &ada_id, &[("saga-id", bob_saga)], json!({ "id": ada["id"] })).await;
     service.until_count("select count(*) from inbox where outcome in ('late', 'unexpected')", 2).await;
     assert_eq!(service.count("select count(*) from auth_users").await, 2);
@@ -98,11 +103,18 @@ async fn each_reply_delivered_twice_changes_nothing() {
         service.reply("user.create.close", &id, &headers, json!({ "id": ada["id"] })).await;
     }
     // The same answer under another id: known to the machine, not to the inbox.
-    service.reply("user.create.close", &id, &[("saga-id", saga_id), ("ce_id", "reply-2")], json!({ "id": ada["id"] })).await;
+    service
+        .reply("user.create.close", &id, &[("saga-id", saga_id), ("ce_id", "reply-2")], json!({ "id": ada["id"] }))
+        .await;
     service.until_count("select count(*) from inbox", 2).await;
     service.until_count("select count(*) from outbox_archive", 2).await;
     assert_eq!(service.count("select count(*) from outbox_keys where last_seq = 2").await, 1, "one create, one delete");
-    assert_eq!(service.count("select count(*) from saga_log where to_status = 'compensated' and from_status = 'running'").await, 1);
+    assert_eq!(
+        service
+            .count("select count(*) from saga_log where to_status = 'compensated' and from_status = 'running'")
+            .await,
+        1
+    );
     service.stop().await;
 }
 
@@ -171,7 +183,9 @@ async fn evidence(service: &TestService) -> Value {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_silence_the_user_service_is_asked_and_its_answer_closes_the_saga() {
-    for (temper, status, users) in [(Temper::Has, "completed", 1), (Temper::Makes, "completed", 1), (Temper::Refuses, "compensated", 0)] {
+    for (temper, status, users) in
+        [(Temper::Has, "completed", 1), (Temper::Makes, "completed", 1), (Temper::Refuses, "compensated", 0)]
+    {
         let (service, saga_id) = silent(temper).await;
         service.until_saga_is(&saga_id, status).await;
         assert_eq!(evidence(&service).await["evidence"], "back-check");
@@ -195,7 +209,9 @@ async fn when_nobody_answers_the_saga_is_stuck_and_a_late_reply_still_settles_it
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_nobody_to_ask_the_policy_decides_and_says_so() {
-    for (policy, status, evidence_expected) in [("assume-completed", "completed", json!("assumption")), ("stuck", "stuck", Value::Null)] {
+    for (policy, status, evidence_expected) in
+        [("assume-completed", "completed", json!("assumption")), ("stuck", "stuck", Value::Null)]
+    {
         let service = TestService::with_vars(&[("SAGA_STEP_TIMEOUT", "1s"), ("SAGA_SILENCE_POLICY", policy)]).await;
         let data = service.registered("ada").await;
         service.until_saga_is(data["sagaId"].as_str().unwrap(), status).await;

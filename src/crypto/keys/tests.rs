@@ -5,8 +5,7 @@ use crate::crypto::{PemPair, generate_pair, write_key_files};
 
 /// Two pairs for every test that needs keys: making one takes a noticeable moment.
 pub(crate) static FIRST: LazyLock<PemPair> = LazyLock::new(|| generate_pair(2048).expect("a pair"));
-pub(crate) static SECOND: LazyLock<PemPair> =
-    LazyLock::new(|| generate_pair(2048).expect("a pair"));
+pub(crate) static SECOND: LazyLock<PemPair> = LazyLock::new(|| generate_pair(2048).expect("a pair"));
 
 fn load(private: &str, public: &str) -> Result<KeyRing, KeyError> {
     KeyRing::load("access", &private.into(), public)
@@ -21,10 +20,7 @@ fn a_made_pair_loads_and_its_id_is_the_thumbprint() {
     let ring = load(private(&FIRST), &FIRST.public).expect("loads");
     let jwk = &ring.jwks()[0];
     assert_eq!(jwk.common.key_id.as_deref(), Some(ring.kid()));
-    assert_eq!(
-        jwk.thumbprint(ThumbprintHash::SHA256).expect("thumbprint"),
-        ring.kid()
-    );
+    assert_eq!(jwk.thumbprint(ThumbprintHash::SHA256).expect("thumbprint"), ring.kid());
     assert_eq!(ring.kid().len(), 43);
 }
 
@@ -48,23 +44,15 @@ fn what_is_no_rsa_key_is_refused() {
         assert_eq!(load(text, &FIRST.public).expect_err(text), KeyError::NoPem);
     }
     let noise = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n";
-    assert_eq!(
-        load(noise, &FIRST.public).expect_err("noise"),
-        KeyError::NotRsa
-    );
+    assert_eq!(load(noise, &FIRST.public).expect_err("noise"), KeyError::NotRsa);
     // An Ed25519 key in its PKCS#8 frame.
     let other = "-----BEGIN PRIVATE KEY-----\n\
                  MC4CAQAwBQYDK2VwBCIEIJ1hsZ3v/VpguoRK9JLsLMREScVpezJpGXA7rAMcrn9g\n\
                  -----END PRIVATE KEY-----\n";
-    assert_eq!(
-        load(other, &FIRST.public).expect_err("ed25519"),
-        KeyError::NotRsa
-    );
-    let error = load(
-        "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n",
-        &FIRST.public,
-    )
-    .expect_err("encrypted");
+    assert_eq!(load(other, &FIRST.public).expect_err("ed25519"), KeyError::NotRsa);
+    let error =
+        load("-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n", &FIRST.public)
+            .expect_err("encrypted");
     assert!(matches!(error, KeyError::WrongKind { .. }));
 }
 
@@ -77,10 +65,7 @@ fn a_key_below_2048_bits_is_refused() {
         GTnut3coJJW2I3ZSPSBmclocA6HjcNafh02dRNxhocyG24hcabRxC+oB8srDpb+S\n\
         H7UZgi68veOAnGfL2wIDAQAB\n\
         -----END PUBLIC KEY-----\n";
-    assert_eq!(
-        load(private(&FIRST), small).expect_err("small"),
-        KeyError::Size { bits: 1024 }
-    );
+    assert_eq!(load(private(&FIRST), small).expect_err("small"), KeyError::Size { bits: 1024 });
 }
 
 #[test]
@@ -127,21 +112,9 @@ fn key_files_are_private_and_never_overwritten() {
     let files = write_key_files(&target, 2048).expect("written");
     for (name, path) in &files.paths {
         let mode = std::fs::metadata(path).expect("there").mode() & 0o777;
-        assert_eq!(
-            mode,
-            if name.ends_with("PRIVATE_KEY") {
-                0o600
-            } else {
-                0o644
-            },
-            "{name}"
-        );
+        assert_eq!(mode, if name.ends_with("PRIVATE_KEY") { 0o600 } else { 0o644 }, "{name}");
     }
-    assert!(
-        files
-            .env_lines()
-            .starts_with("ACCESS_TOKEN_PRIVATE_KEY_FILE=/")
-    );
+    assert!(files.env_lines().starts_with("ACCESS_TOKEN_PRIVATE_KEY_FILE=/"));
     let before = std::fs::read(&files.paths[0].1).expect("there");
     let error = write_key_files(&target, 2048).expect_err("refused");
     assert_eq!(error.kind(), std::io::ErrorKind::AlreadyExists);

@@ -92,20 +92,10 @@ fn without(mut json: Value, field: &str) -> Value {
 fn an_access_token_says_who_signed_in() {
     let signer = signer();
     let session = session(&signer);
-    let token = signer
-        .sign_access(&user(), &session, Utc::now())
-        .expect("signed");
-    let claims = signer
-        .verify_access(token.token.expose_secret())
-        .expect("good");
-    assert_eq!(
-        (claims.id, claims.sub.as_str(), claims.username.as_str()),
-        (7, "7", "Anna")
-    );
-    assert_eq!(
-        (claims.sid, claims.aud.as_str()),
-        (session.session_id, "fleet")
-    );
+    let token = signer.sign_access(&user(), &session, Utc::now()).expect("signed");
+    let claims = signer.verify_access(token.token.expose_secret()).expect("good");
+    assert_eq!((claims.id, claims.sub.as_str(), claims.username.as_str()), (7, "7", "Anna"));
+    assert_eq!((claims.sid, claims.aud.as_str()), (session.session_id, "fleet"));
     assert_eq!(claims.exp - claims.iat, 900);
     assert_eq!(token.expires_at.timestamp(), claims.exp);
 }
@@ -117,28 +107,13 @@ fn a_refresh_token_is_made_again_byte_for_byte() {
     let first = here.sign_refresh(&session).expect("signed");
     // Another replica, and the row as the database gives it back.
     let mut row = session.clone();
-    row.issued_at =
-        DateTime::from_timestamp_micros(session.issued_at.timestamp_micros()).expect("in range");
+    row.issued_at = DateTime::from_timestamp_micros(session.issued_at.timestamp_micros()).expect("in range");
     let second = there.sign_refresh(&row).expect("signed");
     assert_eq!(first.token.expose_secret(), second.token.expose_secret());
-    let claims = here
-        .verify_refresh(first.token.expose_secret())
-        .expect("good");
-    assert_eq!(
-        (claims.generation, claims.sid, claims.jti),
-        (3, session.session_id, session.jti)
-    );
-    let next = Session {
-        generation: 4,
-        ..session
-    };
-    assert_ne!(
-        here.sign_refresh(&next)
-            .expect("signed")
-            .token
-            .expose_secret(),
-        first.token.expose_secret()
-    );
+    let claims = here.verify_refresh(first.token.expose_secret()).expect("good");
+    assert_eq!((claims.generation, claims.sid, claims.jti), (3, session.session_id, session.jti));
+    let next = Session { generation: 4, ..session };
+    assert_ne!(here.sign_refresh(&next).expect("signed").token.expose_secret(), first.token.expose_secret());
 }
 
 #[test]
@@ -146,95 +121,45 @@ fn an_access_token_never_outlives_its_session() {
     let signer = signer();
     let mut session = session(&signer);
     session.absolute_expires_at = Utc::now() + TimeDelta::seconds(60);
-    let token = signer
-        .sign_access(&user(), &session, Utc::now())
-        .expect("signed");
-    assert_eq!(
-        token.expires_at.timestamp(),
-        session.absolute_expires_at.timestamp()
-    );
+    let token = signer.sign_access(&user(), &session, Utc::now()).expect("signed");
+    assert_eq!(token.expires_at.timestamp(), session.absolute_expires_at.timestamp());
 }
 
 #[test]
 fn one_kind_is_never_taken_for_the_other() {
     let signer = signer();
     let session = session(&signer);
-    let access = signer
-        .sign_access(&user(), &session, Utc::now())
-        .expect("signed")
-        .token;
+    let access = signer.sign_access(&user(), &session, Utc::now()).expect("signed").token;
     let refresh = signer.sign_refresh(&session).expect("signed").token;
     assert!(signer.verify_access(access.expose_secret()).is_ok());
-    assert_eq!(
-        signer.verify_access(refresh.expose_secret()),
-        Err(TokenError::Invalid)
-    );
-    assert_eq!(
-        signer.verify_refresh(access.expose_secret()),
-        Err(TokenError::Invalid)
-    );
+    assert_eq!(signer.verify_access(refresh.expose_secret()), Err(TokenError::Invalid));
+    assert_eq!(signer.verify_refresh(access.expose_secret()), Err(TokenError::Invalid));
     assert!(signer.verify_refresh(refresh.expose_secret()).is_ok());
     // Nor is a refresh-shaped payload under the access key, whatever it says of itself.
-    let claims = with(
-        with(good_claims(), "gen", json!(0)),
-        "aud",
-        json!("auth-service/refresh"),
-    );
+    let claims = with(with(good_claims(), "gen", json!(0)), "aud", json!("auth-service/refresh"));
     for kind in ["at+jwt", "rt+jwt", "JWT"] {
         let token = forged(with(good_header(&signer), "typ", json!(kind)), &claims);
-        assert_eq!(
-            signer.verify_refresh(&token),
-            Err(TokenError::Invalid),
-            "{kind}"
-        );
-        assert_eq!(
-            signer.verify_access(&token),
-            Err(TokenError::Invalid),
-            "{kind}"
-        );
-        assert_eq!(
-            signer.verify_legacy_refresh(&token),
-            Err(TokenError::Invalid),
-            "{kind}"
-        );
+        assert_eq!(signer.verify_refresh(&token), Err(TokenError::Invalid), "{kind}");
+        assert_eq!(signer.verify_access(&token), Err(TokenError::Invalid), "{kind}");
+        assert_eq!(signer.verify_legacy_refresh(&token), Err(TokenError::Invalid), "{kind}");
     }
 }
 
 #[test]
 fn one_key_for_both_kinds_is_refused() {
     let ring = || KeyRing::load("access", &FIRST.private, &FIRST.public).expect("loads");
-    assert_eq!(
-        TokenSigner::new(ring(), ring(), settings()).expect_err("shared"),
-        KeyError::Shared
-    );
+    assert_eq!(TokenSigner::new(ring(), ring(), settings()).expect_err("shared"), KeyError::Shared);
 }
 
 #[test]
 fn only_rs256_is_accepted() {
     let signer = signer();
-    assert!(
-        signer
-            .verify_access(&forged(good_header(&signer), &good_claims()))
-            .is_ok()
-    );
-    for alg in [
-        "none", "None", "HS256", "RS384", "RS512", "PS256", "ES256", "EdDSA", "",
-    ] {
-        let token = forged(
-            with(good_header(&signer), "alg", json!(alg)),
-            &good_claims(),
-        );
-        assert_eq!(
-            signer.verify_access(&token),
-            Err(TokenError::Invalid),
-            "{alg}"
-        );
+    assert!(signer.verify_access(&forged(good_header(&signer), &good_claims())).is_ok());
+    for alg in ["none", "None", "HS256", "RS384", "RS512", "PS256", "ES256", "EdDSA", ""] {
+        let token = forged(with(good_header(&signer), "alg", json!(alg)), &good_claims());
+        assert_eq!(signer.verify_access(&token), Err(TokenError::Invalid), "{alg}");
         let (message, _) = token.rsplit_once('.').expect("three parts");
-        assert_eq!(
-            signer.verify_access(&format!("{message}.")),
-            Err(TokenError::Invalid),
-            "{alg}, unsigned"
-        );
+        assert_eq!(signer.verify_access(&format!("{message}.")), Err(TokenError::Invalid), "{alg}, unsigned");
     }
     let der = pem::parse(&FIRST.public).expect("PEM").into_contents();
     let jwk = serde_json::to_vec(&signer.jwks().keys[0]).expect("JSON");
@@ -242,20 +167,14 @@ fn only_rs256_is_accepted() {
     header.typ = Some(ACCESS_TYPE.into());
     header.kid = Some(signer.0.access.kid().into());
     for secret in [FIRST.public.as_bytes(), der.as_slice(), jwk.as_slice()] {
-        let token =
-            jsonwebtoken::encode(&header, &good_claims(), &EncodingKey::from_secret(secret))
-                .expect("signed");
+        let token = jsonwebtoken::encode(&header, &good_claims(), &EncodingKey::from_secret(secret)).expect("signed");
         assert_eq!(signer.verify_access(&token), Err(TokenError::Invalid));
     }
     let rsa = EncodingKey::from_rsa_pem(FIRST.private.expose_secret().as_bytes()).expect("a key");
     for algorithm in [Algorithm::RS384, Algorithm::RS512, Algorithm::PS256] {
         header.alg = algorithm;
         let token = jsonwebtoken::encode(&header, &good_claims(), &rsa).expect("signed");
-        assert_eq!(
-            signer.verify_access(&token),
-            Err(TokenError::Invalid),
-            "{algorithm:?}"
-        );
+        assert_eq!(signer.verify_access(&token), Err(TokenError::Invalid), "{algorithm:?}");
     }
 }
 
@@ -267,14 +186,7 @@ fn what_we_sign_is_what_the_library_would_sign() {
     header.kid = Some(signer.0.access.kid().into());
     let rsa = EncodingKey::from_rsa_pem(FIRST.private.expose_secret().as_bytes()).expect("a key");
     let theirs = jsonwebtoken::encode(&header, &good_claims(), &rsa).expect("signed");
-    let ours = sign(
-        &signer.0.access,
-        signer.0.access.kid(),
-        ACCESS_TYPE,
-        &good_claims(),
-        0,
-    )
-    .expect("signed");
+    let ours = sign(&signer.0.access, signer.0.access.kid(), ACCESS_TYPE, &good_claims(), 0).expect("signed");
     assert_eq!(ours.token.expose_secret(), theirs);
 }
 
@@ -285,35 +197,16 @@ fn every_claim_must_be_there_and_of_its_type() {
         let outcome = signer.verify_access(&forged(good_header(&signer), &claims));
         assert!(outcome.is_err(), "{what} was accepted");
     };
-    let fields: Vec<String> = good_claims()
-        .as_object()
-        .expect("an object")
-        .keys()
-        .cloned()
-        .collect();
+    let fields: Vec<String> = good_claims().as_object().expect("an object").keys().cloned().collect();
     for field in fields {
         refused(without(good_claims(), &field), &format!("no {field}"));
-        refused(
-            with(good_claims(), &field, Value::Null),
-            &format!("{field} null"),
-        );
-        refused(
-            with(good_claims(), &field, json!([])),
-            &format!("{field} an empty list"),
-        );
+        refused(with(good_claims(), &field, Value::Null), &format!("{field} null"));
+        refused(with(good_claims(), &field, json!([])), &format!("{field} an empty list"));
     }
     let now = Utc::now().timestamp();
     for field in ["exp", "nbf", "iat"] {
-        for value in [
-            json!(now.to_string()),
-            json!(1e30),
-            json!(now as f64 + 0.5),
-            json!({}),
-        ] {
-            refused(
-                with(good_claims(), field, value.clone()),
-                &format!("{field} {value}"),
-            );
+        for value in [json!(now.to_string()), json!(1e30), json!(now as f64 + 0.5), json!({})] {
+            refused(with(good_claims(), field, value.clone()), &format!("{field} {value}"));
         }
     }
     for (field, value) in [
@@ -331,10 +224,7 @@ fn every_claim_must_be_there_and_of_its_type() {
         ("iat", json!(now + 60)),
         ("sid", json!("session")),
     ] {
-        refused(
-            with(good_claims(), field, value.clone()),
-            &format!("{field} {value}"),
-        );
+        refused(with(good_claims(), field, value.clone()), &format!("{field} {value}"));
     }
 }
 
@@ -343,9 +233,7 @@ fn clocks_may_be_five_seconds_apart_and_no_more() {
     let signer = signer();
     let verify = |field: &str, offset: i64| {
         let claims = with(good_claims(), field, json!(Utc::now().timestamp() + offset));
-        signer
-            .verify_access(&forged(good_header(&signer), &claims))
-            .map(|_| ())
+        signer.verify_access(&forged(good_header(&signer), &claims)).map(|_| ())
     };
     for field in ["nbf", "iat"] {
         assert_eq!(verify(field, 3), Ok(()), "{field}");
@@ -375,23 +263,12 @@ fn the_header_chooses_among_our_keys_and_brings_none() {
         ("typ", json!("JWT")),
         ("typ", json!("AT+JWT ")),
     ] {
-        let token = forged(
-            with(good_header(&signer), field, value.clone()),
-            &good_claims(),
-        );
-        assert_eq!(
-            signer.verify_access(&token),
-            Err(TokenError::Invalid),
-            "{field} {value}"
-        );
+        let token = forged(with(good_header(&signer), field, value.clone()), &good_claims());
+        assert_eq!(signer.verify_access(&token), Err(TokenError::Invalid), "{field} {value}");
     }
     for field in ["kid", "typ"] {
         let token = forged(without(good_header(&signer), field), &good_claims());
-        assert_eq!(
-            signer.verify_access(&token),
-            Err(TokenError::Invalid),
-            "no {field}"
-        );
+        assert_eq!(signer.verify_access(&token), Err(TokenError::Invalid), "no {field}");
     }
 }
 
@@ -399,9 +276,7 @@ fn the_header_chooses_among_our_keys_and_brings_none() {
 fn a_changed_token_is_not_valid() {
     let signer = signer();
     let token = forged(good_header(&signer), &good_claims());
-    let [header, claims, signature] = token.split('.').collect::<Vec<_>>()[..] else {
-        panic!("three parts")
-    };
+    let [header, claims, signature] = token.split('.').collect::<Vec<_>>()[..] else { panic!("three parts") };
     let other = URL_SAFE_NO_PAD.encode(with(good_claims(), "id", json!(8)).to_string());
     for changed in [
         format!("{header}.{other}.{signature}"),
@@ -409,10 +284,7 @@ fn a_changed_token_is_not_valid() {
         format!("{header}.{claims}"),
         format!("{token}."),
         format!("{token}A"),
-        format!(
-            "{header}.{claims}.{}",
-            signature.chars().rev().collect::<String>()
-        ),
+        format!("{header}.{claims}.{}", signature.chars().rev().collect::<String>()),
     ] {
         assert_eq!(signer.verify_access(&changed), Err(TokenError::Invalid));
     }
@@ -422,24 +294,14 @@ fn a_changed_token_is_not_valid() {
 fn a_token_over_4_kib_is_not_looked_at() {
     let signer = signer();
     let claims = with(good_claims(), "padding", json!("x".repeat(4096)));
-    assert_eq!(
-        signer.verify_access(&forged(good_header(&signer), &claims)),
-        Err(TokenError::Invalid)
-    );
+    assert_eq!(signer.verify_access(&forged(good_header(&signer), &claims)), Err(TokenError::Invalid));
 }
 
 #[test]
 fn the_longest_names_still_fit_a_cookie() {
     let signer = signer();
-    let user = User {
-        username: "u".repeat(32),
-        email: "e".repeat(254),
-        ..user()
-    };
-    let token = signer
-        .sign_access(&user, &session(&signer), Utc::now())
-        .expect("signed")
-        .token;
+    let user = User { username: "u".repeat(32), email: "e".repeat(254), ..user() };
+    let token = signer.sign_access(&user, &session(&signer), Utc::now()).expect("signed").token;
     // An 8192-bit key adds 1024 bytes of signature in base64.
     assert!("__Host-refreshToken".len() + token.expose_secret().len() + 1024 < 4096);
 }
@@ -448,46 +310,21 @@ fn the_longest_names_still_fit_a_cookie() {
 fn a_refresh_token_of_the_replaced_service_is_read() {
     let signer = signer();
     let key = EncodingKey::from_rsa_pem(SECOND.private.expose_secret().as_bytes()).expect("a key");
-    let made = |header: &Header, claims: Value| {
-        jsonwebtoken::encode(header, &claims, &key).expect("signed")
-    };
+    let made = |header: &Header, claims: Value| jsonwebtoken::encode(header, &claims, &key).expect("signed");
     let now = Utc::now().timestamp();
     let node = Header::new(Algorithm::RS256);
     for field in ["id", "userId"] {
-        let claims = signer
-            .verify_legacy_refresh(&made(&node, json!({field: 7, "iat": now, "exp": now + 60})));
-        assert_eq!(
-            claims,
-            Ok(LegacyRefreshClaims {
-                user_id: 7,
-                exp: now + 60
-            })
-        );
+        let claims = signer.verify_legacy_refresh(&made(&node, json!({field: 7, "iat": now, "exp": now + 60})));
+        assert_eq!(claims, Ok(LegacyRefreshClaims { user_id: 7, exp: now + 60 }));
     }
     let expired = made(&node, json!({"id": 7, "iat": now - 120, "exp": now - 60}));
-    assert_eq!(
-        signer.verify_legacy_refresh(&expired),
-        Err(TokenError::Expired)
-    );
-    for claims in [
-        json!({"id": 7}),
-        json!({"id": "7", "exp": now + 60}),
-        json!({"exp": now + 60}),
-    ] {
-        assert_eq!(
-            signer.verify_legacy_refresh(&made(&node, claims)),
-            Err(TokenError::Invalid)
-        );
+    assert_eq!(signer.verify_legacy_refresh(&expired), Err(TokenError::Expired));
+    for claims in [json!({"id": 7}), json!({"id": "7", "exp": now + 60}), json!({"exp": now + 60})] {
+        assert_eq!(signer.verify_legacy_refresh(&made(&node, claims)), Err(TokenError::Invalid));
     }
     // Our own are not old ones.
-    let ours = signer
-        .sign_refresh(&session(&signer))
-        .expect("signed")
-        .token;
-    assert_eq!(
-        signer.verify_legacy_refresh(ours.expose_secret()),
-        Err(TokenError::Invalid)
-    );
+    let ours = signer.sign_refresh(&session(&signer)).expect("signed").token;
+    assert_eq!(signer.verify_legacy_refresh(ours.expose_secret()), Err(TokenError::Invalid));
 }
 
 #[test]
@@ -496,11 +333,7 @@ fn keys_rotate_without_signing_anyone_out() {
     let session = session(&before);
     let old = before.sign_refresh(&session).expect("signed").token;
     let third = crate::crypto::generate_pair(2048).expect("a pair");
-    let private = format!(
-        "{}{}",
-        third.private.expose_secret(),
-        SECOND.private.expose_secret()
-    );
+    let private = format!("{}{}", third.private.expose_secret(), SECOND.private.expose_secret());
     let public = format!("{}{}", third.public, SECOND.public);
     let access = KeyRing::load("access", &FIRST.private, &FIRST.public).expect("loads");
     let refresh = KeyRing::load("refresh", &private.into(), &public).expect("loads");
@@ -508,14 +341,7 @@ fn keys_rotate_without_signing_anyone_out() {
     assert_ne!(after.refresh_kid(), before.refresh_kid());
     assert!(after.verify_refresh(old.expose_secret()).is_ok());
     // Within the window, the row's own key makes the same bytes.
-    assert_eq!(
-        after
-            .sign_refresh(&session)
-            .expect("signed")
-            .token
-            .expose_secret(),
-        old.expose_secret()
-    );
+    assert_eq!(after.sign_refresh(&session).expect("signed").token.expose_secret(), old.expose_secret());
 }
 
 #[test]
@@ -524,12 +350,7 @@ fn the_published_keys_are_those_of_access_tokens_and_hold_no_secret() {
     let jwks = serde_json::to_value(signer.jwks()).expect("JSON");
     let keys = jwks["keys"].as_array().expect("a list");
     assert_eq!(keys.len(), 1);
-    let mut fields: Vec<_> = keys[0]
-        .as_object()
-        .expect("an object")
-        .keys()
-        .map(String::as_str)
-        .collect();
+    let mut fields: Vec<_> = keys[0].as_object().expect("an object").keys().map(String::as_str).collect();
     fields.sort_unstable();
     assert_eq!(fields, ["alg", "e", "kid", "kty", "n", "use"]);
     assert_ne!(keys[0]["kid"], signer.refresh_kid());

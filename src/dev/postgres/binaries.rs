@@ -77,11 +77,10 @@ impl Binaries {
         if !durable {
             command.arg("--no-sync");
         }
-        let output = command
-            .stdin(Stdio::null())
-            .output()
-            .await
-            .map_err(|source| PostgresError::Io { what: format!("running {}", self.program("initdb").display()), source })?;
+        let output = command.stdin(Stdio::null()).output().await.map_err(|source| PostgresError::Io {
+            what: format!("running {}", self.program("initdb").display()),
+            source,
+        })?;
         if !output.status.success() {
             return Err(PostgresError::Failed { program: "initdb", output: complaint(&output) });
         }
@@ -100,7 +99,8 @@ impl Binaries {
             .await
             .map_err(|error| format!("postgres can't be run: {error}"))?;
         let major = String::from_utf8_lossy(&output.stdout);
-        let major = major_version(&major).ok_or_else(|| format!("postgres --version failed: {}", complaint(&output)))?;
+        let major =
+            major_version(&major).ok_or_else(|| format!("postgres --version failed: {}", complaint(&output)))?;
         if major < OLDEST {
             return Err(format!("it is PostgreSQL {major}, and {OLDEST} or newer is needed"));
         }

@@ -173,9 +173,7 @@ impl Server {
 impl Ended {
     pub fn into_error(self, home: &Home, port: u16) -> PostgresError {
         match self {
-            Self::FolderTaken => {
-                PostgresError::LeftBehind { root: home.root().to_owned(), pid: home.server_pid() }
-            }
+            Self::FolderTaken => PostgresError::LeftBehind { root: home.root().to_owned(), pid: home.server_pid() },
             Self::PortTaken => PostgresError::PortTaken(port),
             Self::Otherwise(output) => PostgresError::Failed { program: "postgres", output },
         }

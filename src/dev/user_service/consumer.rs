@@ -105,7 +105,9 @@ impl CommandConsumer {
                 }
             }
             Err(problem) => tracing::warn!(
-                kafka.topic = message.topic(), kafka.partition = message.partition(), kafka.offset = message.offset(),
+                kafka.topic = message.topic(),
+                kafka.partition = message.partition(),
+                kafka.offset = message.offset(),
                 "user-service: a message is no command and is passed over: {problem}"
             ),
         }

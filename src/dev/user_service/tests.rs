@@ -112,7 +112,7 @@ impl World {
     }
 
     async fn profiles(&self) -> i64 {
-        sqlx::query_scalar("select count(*) from profiles").fetch_one(&self.database).await.expect("counted")
+        sqlx::query_scalar("select count(*) from user_service.profiles").fetch_one(&self.database).await.expect("counted")
     }
 
     fn grpc_url(&self) -> String {
@@ -167,7 +167,10 @@ async fn a_create_behind_its_delete_raises_nobody() {
     assert_eq!(world.answer().await.topic, "t.user.delete.done");
     world.create(saga, "m-1", "ann").await;
     let answer = world.answer().await;
-    assert_eq!((answer.topic.as_str(), &answer.value["reason"]), ("t.user.create.close", &json!("this user has been erased")));
+    assert_eq!(
+        (answer.topic.as_str(), &answer.value["reason"]),
+        ("t.user.create.close", &json!("this user has been erased"))
+    );
     assert_eq!(world.profiles().await, 0);
     world.end().await;
 }

@@ -24,8 +24,7 @@ pub async fn logout(
     headers: HeaderMap,
     _: Fields,
 ) -> Result<Success<Value>, Response> {
-    let scope = scope(query.as_deref())
-        .map_err(|error| ApiError::Validation(vec![error]).into_response())?;
+    let scope = scope(query.as_deref()).map_err(|error| ApiError::Validation(vec![error]).into_response())?;
     let policy = app.config.http.cookies;
     let carried = cookies::read(&headers, policy).unwrap_or_default();
     let refresh = carried.refresh.as_ref().map(|token| token.expose_secret());
@@ -36,11 +35,7 @@ pub async fn logout(
             message: "Logged out successfully",
             data: Value::Null,
             // Whoever ends the others stays signed in.
-            cookies: if scope == LogoutScope::Others {
-                vec![]
-            } else {
-                cookies::cleared(policy).into()
-            },
+            cookies: if scope == LogoutScope::Others { vec![] } else { cookies::cleared(policy).into() },
         }),
         Err(SessionError::Over(_)) => {
             let mut response = ApiError::TokenNotFound.into_response();
@@ -52,10 +47,7 @@ pub async fn logout(
 }
 
 fn scope(query: Option<&str>) -> Result<LogoutScope, FieldError> {
-    let mut scopes = query
-        .unwrap_or_default()
-        .split('&')
-        .filter_map(|pair| pair.strip_prefix("scope="));
+    let mut scopes = query.unwrap_or_default().split('&').filter_map(|pair| pair.strip_prefix("scope="));
     match (scopes.next(), scopes.next()) {
         (None, _) => Ok(LogoutScope::This),
         (Some("this"), None) => Ok(LogoutScope::This),

@@ -34,10 +34,7 @@ pub async fn me(State(app): State<App>, carried: Carried) -> Result<Success<Valu
     if let Some(refresh) = &carried.refresh {
         match sessions::access_from_refresh(&app, refresh.expose_secret()).await {
             Ok((user, access)) => {
-                return Ok(answer(
-                    shown(&user),
-                    vec![cookies::access(&app.config, &access, Utc::now())],
-                ));
+                return Ok(answer(shown(&user), vec![cookies::access(&app.config, &access, Utc::now())]));
             }
             Err(over @ SessionError::Over(_)) => refusal = over,
             Err(error) => return Err(ApiError::from(error).into_response()),
@@ -48,26 +45,15 @@ pub async fn me(State(app): State<App>, carried: Carried) -> Result<Success<Valu
 
 /// Signed out, and so the cookies go; except where the database may yet remember the session.
 pub(super) fn over(app: &App, refusal: SessionError) -> Response {
-    let keep = matches!(
-        refusal,
-        SessionError::Over(Over::NoToken | Over::AheadOfRecord)
-    );
+    let keep = matches!(refusal, SessionError::Over(Over::NoToken | Over::AheadOfRecord));
     let gone = matches!(refusal, SessionError::Over(_)) && !keep;
     let mut response = ApiError::from(refusal).into_response();
     if gone {
-        cookies::append(
-            response.headers_mut(),
-            cookies::cleared(app.config.http.cookies),
-        );
+        cookies::append(response.headers_mut(), cookies::cleared(app.config.http.cookies));
     }
     response
 }
 
 fn answer(data: Value, cookies: Vec<String>) -> Success<Value> {
-    Success {
-        status: StatusCode::OK,
-        message: "Signed in",
-        data,
-        cookies,
-    }
+    Success { status: StatusCode::OK, message: "Signed in", data, cookies }
 }

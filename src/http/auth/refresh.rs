@@ -15,17 +15,11 @@ use crate::{
 
 /// `POST /auth/refresh`, for clients without a gateway; the route is there only where the
 /// configuration asks for it.
-pub async fn refresh(
-    State(app): State<App>,
-    carried: Carried,
-    _: Fields,
-) -> Result<Success<Value>, Response> {
+pub async fn refresh(State(app): State<App>, carried: Carried, _: Fields) -> Result<Success<Value>, Response> {
     let Some(presented) = &carried.refresh else {
         return Err(over(&app, SessionError::Over(Over::NoToken)));
     };
-    let refreshed = sessions::refresh(&app, presented.expose_secret())
-        .await
-        .map_err(|refusal| over(&app, refusal))?;
+    let refreshed = sessions::refresh(&app, presented.expose_secret()).await.map_err(|refusal| over(&app, refusal))?;
     let tokens = &refreshed.tokens;
     Ok(Success {
         status: StatusCode::OK,

@@ -16,21 +16,12 @@ pub async fn register(
     context: RequestContext,
     mut fields: Fields,
 ) -> Result<Success<Value>, ApiError> {
-    let account = match (
-        fields.text("username"),
-        fields.text("email"),
-        fields.text("password"),
-    ) {
-        (Ok(username), Ok(email), Ok(password)) => NewAccount {
-            username,
-            email,
-            password: SecretString::from(password),
-        },
+    let account = match (fields.text("username"), fields.text("email"), fields.text("password")) {
+        (Ok(username), Ok(email), Ok(password)) => {
+            NewAccount { username, email, password: SecretString::from(password) }
+        }
         (username, email, password) => {
-            let errors = [username.err(), email.err(), password.err()]
-                .into_iter()
-                .flatten()
-                .collect();
+            let errors = [username.err(), email.err(), password.err()].into_iter().flatten().collect();
             return Err(ApiError::Validation(errors));
         }
     };

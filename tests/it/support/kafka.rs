@@ -79,11 +79,10 @@ fn to_seen<M: Message>(message: &M) -> Seen {
 
 /// Sends one message as another service would.
 pub async fn send(brokers: &str, topic: &str, key: &str, headers: &[(&str, &str)], payload: &[u8]) {
-    let producer: FutureProducer =
-        ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a producer");
-    let headers = headers.iter().fold(OwnedHeaders::new(), |headers, (key, value)| {
-        headers.insert(Header { key, value: Some(*value) })
-    });
+    let producer: FutureProducer = ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a producer");
+    let headers = headers
+        .iter()
+        .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: Some(*value) }));
     let record = FutureRecord::to(topic).key(key).payload(payload).headers(headers);
     producer.send(record, Duration::from_secs(10)).await.expect("the message is sent");
 }

@@ -6,11 +6,17 @@ use std::{
     io::{BufRead, BufReader},
     path::Path,
     process::{Child, Command, Stdio},
-    sync::{LazyLock, atomic::{AtomicU32, Ordering}},
+    sync::{
+        LazyLock,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use auth_service::{
-    dev::{broker::EmbeddedBroker, postgres::{PostgresOptions, PrivateCluster}},
+    dev::{
+        broker::EmbeddedBroker,
+        postgres::{PostgresOptions, PrivateCluster},
+    },
     migrations,
 };
 use rdkafka::{
@@ -47,7 +53,10 @@ pub struct Parts {
 
 enum Kafka {
     /// Somebody else's, or the one this run started.
-    Real { brokers: String, _process: Option<Child> },
+    Real {
+        brokers: String,
+        _process: Option<Child>,
+    },
     Embedded(EmbeddedBroker),
 }
 
@@ -56,7 +65,8 @@ impl Parts {
         auth_service::crypto::install_provider();
         let scratch = tempfile::tempdir().expect("a scratch folder");
         let options = PostgresOptions { durable: false, max_connections: 300, port: 0 };
-        let cluster = PrivateCluster::start(&scratch.path().join("postgres"), options).await.expect("PostgreSQL starts");
+        let cluster =
+            PrivateCluster::start(&scratch.path().join("postgres"), options).await.expect("PostgreSQL starts");
         let parts = Self { cluster, kafka: Kafka::start().await, _scratch: scratch };
         parts.cluster.create_database(TEMPLATE).await.expect("the template");
         migrations::run(&parts.connect_options(TEMPLATE)).await.expect("the migrations");
@@ -124,33 +134,37 @@ impl Parts {
 impl Kafka {
     async fn start() -> Self {
         if let Ok(brokers) = env::var("KAFKA_BROKERS") {
-            eprintln!("tests run against Kafka at {brokers} (KAFKA_BROKERS)");
+            say(&format!("Kafka at {brokers} (KAFKA_BROKERS)"));
             return Kafka::Real { brokers, _process: None };
         }
         let has = |program: &str| Command::new(program).arg("-version").output().is_ok();
         if has("java") && has("mvn") {
             return Self::apache();
         }
-        eprintln!("tests run against the embedded broker: there is no Java or no Maven for Apache Kafka");
+        say("the embedded broker: there is no Java or no Maven for Apache Kafka");
         Kafka::Embedded(EmbeddedBroker::start(&[]).await.expect("the embedded broker starts"))
     }
 
     fn apache() -> Self {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kafka/run");
-        let mut process = Command::new(script)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("tests/kafka/run starts");
+        let mut process =
+            Command::new(script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("tests/kafka/run starts");
         let output = BufReader::new(process.stdout.take().expect("its output"));
         for line in output.lines().map_while(Result::ok) {
             if let Some(version) = line.strip_prefix("KAFKA_VERSION=") {
-                eprintln!("tests run against Apache Kafka {version}");
+                say(&format!("Apache Kafka {version}"));
             }
             if let Some(brokers) = line.strip_prefix("KAFKA_BROKERS=") {
                 return Kafka::Real { brokers: brokers.to_owned(), _process: Some(process) };
             }
         }
-        panic!("Apache Kafka did not start: run tests/kafka/run by hand to see why");
+        let ended = process.wait();
+        panic!("Apache Kafka did not start ({ended:?}): run tests/kafka/run by hand to see why");
     }
+}
+
+/// Past the test harness, which would show it only for tests that fail.
+fn say(kafka: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "these tests run against {kafka}");
 }

@@ -80,7 +80,15 @@ impl TestService {
             None => (PARTS.database().await, format!("{}.", Uuid::new_v4().simple())),
         };
         if !joining && !wishes.no_topics {
-            let topics = ["user.create", "user.create.close", "user.create.done", "user.delete", "user.delete.done", "user.delete.close", "saga-reply"];
+            let topics = [
+                "user.create",
+                "user.create.close",
+                "user.create.done",
+                "user.delete",
+                "user.delete.done",
+                "user.delete.close",
+                "saga-reply",
+            ];
             PARTS.create_topics(&topics.map(|topic| format!("{prefix}{topic}"))).await;
         }
         let mut vars = base_vars(&database, &prefix);
@@ -88,7 +96,7 @@ impl TestService {
             vars.retain(|(known, _)| known != name);
             vars.push((name.to_owned(), value));
         }
-        let config = Config::from_vars(vars.into_iter(), Profile::Dev).unwrap_or_else(|errors| panic!("{errors}"));
+        let config = Config::from_vars(vars, Profile::Dev).unwrap_or_else(|errors| panic!("{errors}"));
         let roles: BTreeSet<Role> = wishes.roles.unwrap_or(Role::ALL.to_vec()).into_iter().collect();
         let running = app::start(config, &roles, metrics()).await.expect("the service starts");
         let url = |address: Option<std::net::SocketAddr>| address.map(|a| format!("http://{a}")).unwrap_or_default();
@@ -171,10 +179,8 @@ impl TestService {
     }
 
     pub async fn until_count(&self, query: &'static str, expected: i64) {
-        eventually(&format!("{query} = {expected}"), || async {
-            (self.count(query).await == expected).then_some(())
-        })
-        .await;
+        eventually(&format!("{query} = {expected}"), || async { (self.count(query).await == expected).then_some(()) })
+            .await;
     }
 
     /// The database and topics, for a second instance beside this one.
