@@ -2,7 +2,7 @@
 //!
 //! Everything but `/metrics` asks for a bearer token ([`auth`]). Whatever changes something takes a
 //! reason and stands in the audit log: the change and its line commit together or not at all, and
-//! what was refused has a line of its own ([`change`]).
+//! what was refused has a line of its own (`change`).
 
 mod audit;
 pub mod auth;

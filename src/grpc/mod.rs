@@ -1,6 +1,6 @@
 //! gRPC: tokens for gateways, accounts for other services, health and reflection.
 //!
-//! Every refusal is a line of [`status`]. From the outside in: the panic catcher, then [`surround`]
+//! Every refusal is a line of `status`. From the outside in: the panic catcher, then `surround`
 //! (log line, figures, deadline, and the code of what tonic itself could not read), then the
 //! services.
 //!

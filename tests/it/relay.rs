@@ -2,13 +2,16 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use outbox_relay::{KafkaSettings, NewMessage, Relay, RelaySettings, Replayed, Wake, admin, append, replay};
+use outbox_relay::{KafkaSettings, NewMessage, Relay, RelaySettings, Replayed, Wake, admin, append, lane_of, replay};
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::support::{eventually, kafka, parts::PARTS};
+
+/// Small: an eighth of an eighth of it is one row.
+const BATCH: usize = 64;
 
 struct Outbox {
     pool: PgPool,
@@ -54,20 +57,25 @@ impl Outbox {
     }
 
     fn relay(&self, name: &str) -> RunningRelay {
-        self.relay_with(name, &[])
+        self.relay_with(name, &PARTS.brokers(), &[])
     }
 
-    fn relay_with(&self, name: &str, client: &[(&str, &str)]) -> RunningRelay {
+    /// A relay that will never hear of its messages: there is no broker at that address.
+    fn relay_without_broker(&self, name: &str) -> RunningRelay {
+        self.relay_with(name, "127.0.0.1:1", &[])
+    }
+
+    fn relay_with(&self, name: &str, brokers: &str, client: &[(&str, &str)]) -> RunningRelay {
         let options = (*self.pool.connect_options()).clone().options([("plan_cache_mode", "force_custom_plan")]);
         let pool = PgPoolOptions::new().max_connections(6).connect_lazy_with(options);
         let settings = RelaySettings {
             name: name.to_owned(),
             kafka: KafkaSettings {
-                brokers: PARTS.brokers(),
+                brokers: brokers.to_owned(),
                 client: client.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
             },
             lease: Duration::from_secs(2),
-            batch: 200,
+            batch: BATCH,
             workers: 2,
             poll: Duration::from_millis(100),
         };
@@ -76,6 +84,11 @@ impl Outbox {
         let stopping = stop.clone();
         let task = tokio::spawn(async move { relay.run(stopping).await.unwrap() });
         RunningRelay { stop, task }
+    }
+
+    /// Time passes: whoever has not renewed since is taken for dead.
+    async fn expire_leases(&self) {
+        sqlx::query("delete from outbox_relays").execute(&self.pool).await.unwrap();
     }
 
     async fn count(&self, query: &'static str) -> i64 {
@@ -103,8 +116,9 @@ impl RunningRelay {
     }
 
     /// As if the process had been killed: nothing is given back.
-    fn kill(self) {
+    async fn kill(self) {
         self.task.abort();
+        let _ = self.task.await;
     }
 }
 
@@ -182,24 +196,78 @@ async fn two_relays_share_the_lanes_and_keep_the_order() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_relays_lanes_are_taken_over_and_nothing_is_lost() {
     let outbox = Outbox::new().await;
-    let doomed = outbox.relay("doomed");
+    let doomed = outbox.relay_without_broker("doomed");
     outbox.until("select count(*) from outbox_lanes where owner is not null", 64).await;
     for n in 0..20 {
         outbox.append("a", &n.to_string()).await;
     }
-    doomed.kill();
+    doomed.kill().await;
     let heir = outbox.relay("heir");
     outbox.until("select count(*) from outbox_archive", 20).await;
+    assert_eq!(outbox.count("select count(*) from outbox_relays where name = 'doomed'").await, 0);
+    // What was sent without a death restores trust in its lane.
+    outbox.until("select count(*) from outbox_lanes where attempt_limit is not null and lane in (select lane from outbox_archive)", 0).await;
     heir.stop().await;
-    let mut texts = outbox.texts_by_key().await.remove("a").unwrap();
-    texts.dedup();
-    let mut first: Vec<String> = vec![];
-    texts.into_iter().for_each(|text| {
-        if !first.contains(&text) {
-            first.push(text)
-        }
-    });
-    assert_eq!(first, numbers(20));
+    assert_eq!(outbox.texts_by_key().await["a"], numbers(20));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_kills_twice_while_alone_is_parked_and_its_lane_goes_on() {
+    let outbox = Outbox::new().await;
+    let (killer, neighbour) = same_lane();
+    let row = outbox.append(&killer, "0").await;
+    outbox.append(&neighbour, "0").await;
+    // An eighth, then one at a time; then twice the same row, alone.
+    for _ in 0..2 {
+        outbox.until("select count(*) from outbox_lanes where owner is not null", 0).await;
+        let doomed = outbox.relay_without_broker("doomed");
+        outbox.until("select count(*) from outbox_lanes where owner is not null", 64).await;
+        doomed.kill().await;
+        outbox.expire_leases().await;
+    }
+    for kills in 0..2 {
+        let doomed = outbox.relay_without_broker("doomed");
+        eventually("the row is written down as suspect", || async {
+            let found: Option<i16> = sqlx::query_scalar("select suspect_kills from outbox_lanes where suspect_id = $1")
+                .bind(row)
+                .fetch_optional(&outbox.pool)
+                .await
+                .unwrap();
+            (found == Some(kills)).then_some(())
+        })
+        .await;
+        doomed.kill().await;
+        outbox.expire_leases().await;
+    }
+    let relay = outbox.relay("survivor");
+    outbox.until("select count(*) from outbox_parked where reason like '%died 2 times%'", 1).await;
+    outbox.until("select count(*) from outbox_archive", 1).await;
+    relay.stop().await;
+    let texts = outbox.texts_by_key().await;
+    assert_eq!(texts.keys().collect::<Vec<_>>(), [&neighbour]);
+}
+
+/// Two keys of one lane.
+fn same_lane() -> (String, String) {
+    let lane = lane_of("0");
+    let other = (1..).map(|n: u32| n.to_string()).find(|key| lane_of(key) == lane).unwrap();
+    ("0".to_owned(), other)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_relay_writes_after_its_lanes_were_taken_has_no_effect() {
+    let outbox = Outbox::new().await;
+    let relay = outbox.relay_without_broker("frozen");
+    outbox.until("select count(*) from outbox_lanes where owner is not null", 64).await;
+    outbox.append("a", "0").await;
+    // As if it had been frozen past its lease: its row is gone, and with it every ownership.
+    outbox.expire_leases().await;
+    let heir = outbox.relay("heir");
+    outbox.until("select count(*) from outbox_archive", 1).await;
+    outbox.until("select count(distinct owner) from outbox_lanes", 2).await;
+    relay.stop().await;
+    heir.stop().await;
+    assert_eq!(outbox.texts_by_key().await["a"], numbers(1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -209,7 +277,7 @@ async fn a_message_that_is_too_large_parks_its_key_in_order_and_no_other() {
     let large = outbox.append("a", &"x".repeat(40_000)).await;
     outbox.append("a", "2").await;
     outbox.append("b", "0").await;
-    let relay = outbox.relay_with("one", &[("message.max.bytes", "20000")]);
+    let relay = outbox.relay_with("one", &PARTS.brokers(), &[("message.max.bytes", "20000")]);
     outbox.until("select count(*) from outbox_parked", 2).await;
     outbox.until("select count(*) from outbox_archive", 2).await;
     // Appended behind a parked row: it joins the others.

@@ -112,7 +112,10 @@ impl World {
     }
 
     async fn profiles(&self) -> i64 {
-        sqlx::query_scalar("select count(*) from user_service.profiles").fetch_one(&self.database).await.expect("counted")
+        sqlx::query_scalar("select count(*) from user_service.profiles")
+            .fetch_one(&self.database)
+            .await
+            .expect("counted")
     }
 
     fn grpc_url(&self) -> String {

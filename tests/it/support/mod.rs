@@ -4,6 +4,7 @@ pub mod browser;
 pub mod kafka;
 pub mod outage;
 pub mod parts;
+pub mod process;
 pub mod service;
 
 use std::time::{Duration, Instant};
