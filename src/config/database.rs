@@ -84,19 +84,22 @@ fn options(vars: &mut Vars) -> Option<PgConnectOptions> {
     let host = vars.text("DB_HOST", "localhost");
     let port = vars.number("DB_PORT", 5432, 1..=u16::MAX);
     let password = vars.secret("DB_PASSWORD");
-    if vars.errors.len() > errors {
-        return None;
-    }
-    let Some(url) = url else {
-        let options = PgConnectOptions::new_without_pgpass();
-        let options = if host.starts_with('/') { options.socket(&host) } else { options.host(&host) };
-        let options = options.port(port).database(&database).username(&username);
-        return Some(match password {
-            Some(password) => options.password(password.expose_secret()),
-            None => options,
-        });
+    let options = match url {
+        Some(url) => parsed(vars, url.expose_secret().trim()),
+        None => {
+            let options = PgConnectOptions::new_without_pgpass();
+            let options = if host.starts_with('/') { options.socket(&host) } else { options.host(&host) };
+            let options = options.port(port).database(&database).username(&username);
+            Some(match password {
+                Some(password) => options.password(password.expose_secret()),
+                None => options,
+            })
+        }
     };
-    let url = url.expose_secret().trim();
+    options.filter(|_| vars.errors.len() == errors)
+}
+
+fn parsed(vars: &mut Vars, url: &str) -> Option<PgConnectOptions> {
     let scheme = ["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme));
     match PgConnectOptions::from_str(url) {
         Ok(options) if scheme && options.get_database().is_some() => Some(options),

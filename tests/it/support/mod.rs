@@ -2,6 +2,7 @@
 
 pub mod browser;
 pub mod kafka;
+pub mod original;
 pub mod outage;
 pub mod parts;
 pub mod process;
