@@ -192,8 +192,12 @@ async fn serve(roles: Vec<Role>) -> Result<ExitCode, Failure> {
     let running = app::start(config, &roles, metrics).await?;
     let names: Vec<_> = roles.iter().map(Role::to_string).collect();
     tracing::info!(
-        roles = names.join(","), http = ?running.http, grpc = ?running.grpc, admin = ?running.admin,
-        "auth-service {} is up", env!("CARGO_PKG_VERSION")
+        roles = names.join(","),
+        http = running.http.map(display),
+        grpc = running.grpc.map(display),
+        admin = running.admin.map(display),
+        "auth-service {} is up",
+        env!("CARGO_PKG_VERSION")
     );
     let stopping = running.app.shutdown.stopping.clone();
     let asked_to = tokio::select! {

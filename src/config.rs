@@ -107,7 +107,7 @@ impl Config {
         let shutdown_drain =
             vars.duration("SHUTDOWN_DRAIN", Duration::from_secs(5), Duration::ZERO..=Duration::from_secs(300));
         let log_format = vars.choice("LOG_FORMAT", &[("text", LogFormat::Text), ("json", LogFormat::Json)]);
-        let log_filter = vars.text("RUST_LOG", "info,librdkafka=warn");
+        let log_filter = vars.text("RUST_LOG", "info,librdkafka=warn,tokio_cron_scheduler=warn");
         let sender = vars.text("KAFKA_EVENT_SOURCE", "auth-service");
         if let (Some(http), Some(grpc), Some(admin)) = (&http, &grpc, &admin) {
             distinct_ports(

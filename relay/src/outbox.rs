@@ -70,18 +70,23 @@ pub async fn append(conn: &mut PgConnection, message: &NewMessage) -> Result<App
     Ok(Appended { row_id, seq })
 }
 
-/// What became of these rows. A row that is in none of the outbox's tables (its archive partition
-/// was dropped by retention) is left out of the answer.
-pub async fn publications(conn: &mut PgConnection, row_ids: &[i64]) -> Result<HashMap<i64, Publication>, sqlx::Error> {
+/// What became of these rows, given with their keys. A row that is in none of the outbox's tables (its
+/// archive partition was dropped by retention) is left out of the answer.
+pub async fn publications(
+    conn: &mut PgConnection,
+    rows: &[(i64, &str)],
+) -> Result<HashMap<i64, Publication>, sqlx::Error> {
+    let (ids, lanes): (Vec<i64>, Vec<i16>) = rows.iter().map(|(id, key)| (*id, lane_of(key))).unzip();
     let rows: Vec<(i64, Option<DateTime<Utc>>, Option<String>)> = sqlx::query_as(
         "select id, published_at, null from outbox_archive where id = any($1)
          union all
          select id, null, reason from outbox_parked where id = any($1)
          union all
-         select o.id, null, null from unnest($1) as w(id)
-           join outbox o on o.id = w.id and o.lane = any(array(select generate_series(0, 63)::smallint))",
+         select o.id, null, null
+           from unnest($1, $2) as w(id, lane) join outbox o on o.lane = w.lane and o.id = w.id",
     )
-    .bind(row_ids)
+    .bind(ids)
+    .bind(lanes)
     .fetch_all(conn)
     .await?;
     Ok(rows

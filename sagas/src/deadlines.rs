@@ -14,8 +14,9 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
+    journal::EventSource,
     machine::{Event, Recourse, Settlement},
-    orchestrator::{EventSource, Flows, Handled, Orchestrator, SagaError},
+    orchestrator::{Flows, Handled, Orchestrator, SagaError},
     state::Status,
     store,
 };
@@ -73,10 +74,11 @@ impl<F: Flows> Orchestrator<F> {
         let mut conn = pool.acquire().await?;
         let waiting = store::unpublished(&mut conn, cursor.0, BATCH).await?;
         cursor.0 = if (waiting.len() as i64) < BATCH { 0 } else { waiting.last().map_or(0, |last| last.1) };
-        let rows: Vec<i64> = waiting.iter().map(|(_, row)| *row).collect();
+        let rows: Vec<(i64, &str)> = waiting.iter().map(|(_, row, subject)| (*row, subject.as_str())).collect();
         let what_became: HashMap<i64, Publication> = publications(&mut conn, &rows).await?;
         drop(conn);
-        for (saga_id, row) in waiting {
+        for (saga_id, row, _) in &waiting {
+            let (saga_id, row) = (*saga_id, *row);
             let (event, published_at) = match what_became.get(&row) {
                 Some(Publication::Published(at)) => (Event::Published, Some(*at)),
                 Some(Publication::Parked(reason)) => (Event::Parked { reason: reason.clone() }, None),

@@ -25,7 +25,7 @@
 //! - [`definition`]: a saga as data; [`flows`]: the sagas themselves.
 //! - [`machine`]: `(state, event) → decision`, pure; [`state`]: what is stored.
 //! - [`store`]: the SQL of `saga_state` and `saga_log`.
-//! - [`orchestrator`]: start a saga, carry decisions out.
+//! - [`orchestrator`]: start a saga, carry decisions out; `journal`: how events read in the log.
 //! - [`reply`]: read a reply, pure; `replies`: take one in; `consumer`: from Kafka.
 //! - [`deadlines`]: what is done about silence.
 //! - [`admin`]: what operators see.
@@ -35,6 +35,7 @@ mod consumer;
 pub mod deadlines;
 pub mod definition;
 pub mod flows;
+mod journal;
 pub mod machine;
 pub mod orchestrator;
 mod replies;

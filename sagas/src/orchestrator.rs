@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
-use chrono::{DateTime, Utc};
+use chrono::Utc;
 use outbox_relay::{AppendError, NewMessage, Wake, append};
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::{
     definition::{Command, Definition, Undo},
+    journal::EventSource,
     machine::{Decision, Effect, Event, Ignored, Position, Recourse, Settlement, Transition, decide},
     state::{Saga, Status},
     store::{self, LogLine, NewRow, Patience},
@@ -352,38 +353,6 @@ impl<F: Flows> Orchestrator<F> {
     }
 }
 
-/// Who brought an event, for the log.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct EventSource<'a> {
-    pub actor: &'a str,
-    /// Where the event is on record: the message's key in the inbox, say.
-    pub reference: Option<&'a str>,
-    /// When the command was published, for an event that says so.
-    pub published_at: Option<DateTime<Utc>>,
-}
-
-impl<'a> EventSource<'a> {
-    pub(crate) fn of(actor: &'a str) -> Self {
-        Self { actor, reference: None, published_at: None }
-    }
-
-    fn line(self, saga: &Saga, to: Status, event: &'a Event, mut detail: Value) -> LogLine<'a> {
-        detail["said"] = said(event);
-        if let Some(reference) = self.reference {
-            detail["message"] = json!(reference);
-        }
-        LogLine {
-            saga_id: saga.saga_id,
-            revision: saga.revision + 1,
-            event: event_name(event),
-            from: Some(saga.status),
-            to,
-            actor: self.actor,
-            detail,
-        }
-    }
-}
-
 struct Outgoing<'a> {
     saga_id: Uuid,
     subject: &'a str,
@@ -423,36 +392,5 @@ fn sent_topic(definition: &Definition, effect: Effect) -> Option<&'static str> {
             Undo::Nothing { .. } => None,
         },
         Effect::CompleteLocally | Effect::CompensateLocally => None,
-    }
-}
-
-fn event_name(event: &Event) -> &'static str {
-    match event {
-        Event::Replied { .. } => "replied",
-        Event::UndoReplied { .. } => "undo-replied",
-        Event::Published => "published",
-        Event::Parked { .. } => "parked",
-        Event::Overdue { .. } => "overdue",
-        Event::Settled(_) => "asked",
-    }
-}
-
-fn said(event: &Event) -> Value {
-    use crate::machine::Answer;
-    match event {
-        Event::Replied { answer: Answer::Done, .. } => json!("done"),
-        Event::Replied { answer: Answer::Refused(why), .. } => json!({ "refused": why }),
-        Event::UndoReplied { refusal: None } => json!("undone"),
-        Event::UndoReplied { refusal: Some(why) } => json!({ "undoRefused": why }),
-        Event::Published => Value::Null,
-        Event::Parked { reason } => json!(reason),
-        Event::Overdue { recourse } => json!(format!("{recourse:?}")),
-        Event::Settled(settlement) => match settlement {
-            Settlement::AlreadyDone => json!("already done"),
-            Settlement::DoneNow => json!("done now"),
-            Settlement::Refused(why) => json!({ "refused": why }),
-            Settlement::Ambiguous(why) => json!({ "ambiguous": why }),
-            Settlement::NoAnswer(why) | Settlement::GaveUp(why) => json!({ "noAnswer": why }),
-        },
     }
 }

@@ -6,8 +6,9 @@ use uuid::Uuid;
 
 use crate::{
     definition::{Definition, Meaning},
+    journal::EventSource,
     machine::{Event, Ignored},
-    orchestrator::{EventSource, Flows, Handled, Orchestrator, SagaError},
+    orchestrator::{Flows, Handled, Orchestrator, SagaError},
     reply::{self, NamedBy, Naming, Received, Verdict},
     state::Saga,
     store,
@@ -34,13 +35,7 @@ impl<F: Flows> Orchestrator<F> {
     /// the database failed and the message has to be tried again.
     pub async fn receive(&self, pool: &PgPool, message: &Received) -> Result<Outcome, SagaError> {
         let message_key = message.message_key();
-        let incoming = Incoming {
-            consumer: CONSUMER,
-            message_key: &message_key,
-            topic: &message.topic,
-            partition: message.partition,
-            offset: message.offset,
-        };
+        let incoming = incoming(message, &message_key);
         let outcome = self
             .committed(pool, async |conn| {
                 if !inbox::insert(conn, incoming).await? {
@@ -58,13 +53,7 @@ impl<F: Flows> Orchestrator<F> {
     /// Keeps a message that made the handler panic, so that the partition goes on.
     pub(crate) async fn reject(&self, pool: &PgPool, message: &Received, why: &str) -> Result<(), SagaError> {
         let message_key = message.message_key();
-        let incoming = Incoming {
-            consumer: CONSUMER,
-            message_key: &message_key,
-            topic: &message.topic,
-            partition: message.partition,
-            offset: message.offset,
-        };
+        let incoming = incoming(message, &message_key);
         self.committed(pool, async |conn| {
             inbox::insert(conn, incoming).await?;
             let conclusion = Conclusion::rejected(why.to_owned());
@@ -218,6 +207,16 @@ impl<F: Flows> Orchestrator<F> {
     fn meaning(&self, saga: &Saga, topic: &str) -> Option<(usize, Meaning)> {
         let definition = self.inner.definitions.iter().find(|definition| definition.name == saga.name)?;
         definition.meaning_of(topic)
+    }
+}
+
+fn incoming<'a>(message: &'a Received, message_key: &'a str) -> Incoming<'a> {
+    Incoming {
+        consumer: CONSUMER,
+        message_key,
+        topic: &message.topic,
+        partition: message.partition,
+        offset: message.offset,
     }
 }
 

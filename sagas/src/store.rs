@@ -215,14 +215,14 @@ pub(crate) async fn unpublished(
     conn: &mut PgConnection,
     after: i64,
     most: i64,
-) -> Result<Vec<(Uuid, i64)>, sqlx::Error> {
+) -> Result<Vec<(Uuid, i64, String)>, sqlx::Error> {
     sqlx::query_as(
-        "(select saga_id, command_row from saga_state
+        "(select saga_id, command_row, subject from saga_state
            where status = 'running' and deadline_at is null and command_row > $1
              and updated_at < clock_timestamp() - interval '1 second'
            order by command_row limit $2)
          union all
-         (select saga_id, command_row from saga_state
+         (select saga_id, command_row, subject from saga_state
            where status = 'stuck' and stuck_reason like 'command parked:%' and command_row > $1
            order by command_row limit $2)
          order by command_row limit $2",

@@ -36,16 +36,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| "off".to_owned());
     let metrics = telemetry::init(LogFormat::Text, &filter)?;
     let scratch = std::env::temp_dir().join(format!("auth-service-demo-{}", Uuid::new_v4().simple()));
-    let wanted = Wanted {
-        data_dir: scratch.clone(),
-        http_port: 0,
-        grpc_port: 0,
-        admin_port: 0,
-        broker_port: 0,
-        database_url: None,
-        kafka_brokers: None,
-        settings: vec![],
-    };
+    let wanted = Wanted::embedded(scratch.clone());
     println!("auth-service demo: real PostgreSQL, embedded Kafka-compatible broker, reference user-service\n");
     let system = System::start(wanted, metrics, |step| println!("  starting {step} …")).await?;
     let place = system.cluster.as_ref().map(|cluster| cluster.location().to_owned());

@@ -7,6 +7,7 @@ use std::{
     ffi::OsString,
     fs,
     io::Write,
+    net::{Ipv4Addr, TcpListener},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::Duration,
@@ -67,6 +68,43 @@ pub struct Wanted {
     pub settings: Vec<(&'static str, String)>,
 }
 
+impl Wanted {
+    /// Embedded parts on any free ports, with their data in this folder.
+    pub fn embedded(data_dir: PathBuf) -> Self {
+        Self {
+            data_dir,
+            http_port: 0,
+            grpc_port: 0,
+            admin_port: 0,
+            broker_port: 0,
+            database_url: None,
+            kafka_brokers: None,
+            settings: vec![],
+        }
+    }
+
+    /// Said before anything is started, which would only have to be stopped again.
+    fn check_ports(&self) -> anyhow::Result<()> {
+        let ports = [
+            ("--port", self.http_port),
+            ("--grpc-port", self.grpc_port),
+            ("--admin-port", self.admin_port),
+            ("--broker-port", self.broker_port),
+        ];
+        for (index, (option, port)) in ports.into_iter().enumerate().filter(|(_, (_, port))| *port != 0) {
+            if let Some((other, _)) = ports[..index].iter().find(|(_, earlier)| *earlier == port) {
+                anyhow::bail!("{other} and {option} are both {port}: give each its own, or 0 for any free one");
+            }
+            if let Err(error) = TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+                anyhow::bail!(
+                    "port {port} can't be used ({error}): choose another with {option}, or 0 for any free one"
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The running system.
 pub struct System {
     /// The service.
@@ -90,6 +128,7 @@ pub struct System {
 impl System {
     /// Starts everything; says each step to `progress`.
     pub async fn start(wanted: Wanted, metrics: PrometheusHandle, progress: impl Fn(&str)) -> anyhow::Result<Self> {
+        wanted.check_ports()?;
         fs::create_dir_all(&wanted.data_dir)
             .with_context(|| format!("can't make {}: choose another --data-dir", wanted.data_dir.display()))?;
         let (cluster, database_url) = database(&wanted, &progress).await?;

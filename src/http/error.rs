@@ -115,9 +115,11 @@ impl ApiError {
                 (S::UNAUTHORIZED, "INVALID_CREDENTIALS", "Invalid credentials: unknown user or wrong password")
             }
             ApiError::NotSignedIn(over) => (S::UNAUTHORIZED, over.code(), "Sign in first"),
-            ApiError::ForeignOrigin => {
-                (S::FORBIDDEN, "FOREIGN_ORIGIN", "Requests that change something are not taken from other sites")
-            }
+            ApiError::ForeignOrigin => (
+                S::FORBIDDEN,
+                "FOREIGN_ORIGIN",
+                "Requests that change something are not taken from other sites; if this page is yours, its origin belongs in CORS_ORIGINS",
+            ),
             ApiError::NotFound => (S::NOT_FOUND, "NOT_FOUND", "There is no such route"),
             ApiError::MethodNotAllowed => {
                 (S::METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED", "This route does not know this method; see Allow")

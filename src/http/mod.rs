@@ -36,8 +36,11 @@ use tower_http::{
 use crate::app::App;
 use error::ApiError;
 
-/// A connection on which no complete request head comes is closed after this.
+/// A new connection on which no complete request head comes is closed after this.
 const HEAD_DEADLINE: Duration = Duration::from_secs(10);
+/// One that was used before may stay idle for so long. Longer than gateways keep theirs: whoever
+/// closes first loses a request that is just being sent.
+const IDLE_DEADLINE: Duration = Duration::from_secs(75);
 /// What a request may take beside waiting for hashes and connections. Everything in it has a bound
 /// of its own, and this is above their sum: it must never cut a COMMIT short whose outcome could
 /// still be told.
@@ -76,7 +79,7 @@ pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> 
         .handle(handle.clone())
         .first_request_timeout(HEAD_DEADLINE)
         .accept_error_handler(|_, error| tracing::warn!(%error, "a connection could not be accepted"));
-    server.http_builder().http1().header_read_timeout(HEAD_DEADLINE);
+    server.http_builder().http1().header_read_timeout(IDLE_DEADLINE);
     let stopping = async {
         stop.cancelled().await;
         handle.graceful_shutdown(Some(FINISH_DEADLINE));
@@ -119,6 +122,8 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
             .allow_headers([header::CONTENT_TYPE, header::ACCEPT].into_iter().chain(own.clone()).collect::<Vec<_>>())
             .expose_headers([context::REQUEST_ID, context::CORRELATION_ID, header::RETRY_AFTER])
             .max_age(Duration::from_secs(600))
+            // The layer would put its own list in place of ours.
+            .vary([header::ACCEPT, header::ORIGIN, HeaderName::from_static("sec-fetch-site")])
     })
 }
 

@@ -59,16 +59,8 @@ fn raw_bcrypt(cores: usize) -> f64 {
 
 async fn registrations() -> anyhow::Result<f64> {
     let scratch = std::env::temp_dir().join(format!("auth-service-bench-{}", std::process::id()));
-    let wanted = Wanted {
-        data_dir: scratch.clone(),
-        http_port: 0,
-        grpc_port: 0,
-        admin_port: 0,
-        broker_port: 0,
-        database_url: None,
-        kafka_brokers: None,
-        settings: vec![("SALT_ROUNDS", COST.to_string())],
-    };
+    let settings = vec![("SALT_ROUNDS", COST.to_string())];
+    let wanted = Wanted { settings, ..Wanted::embedded(scratch.clone()) };
     let system = System::start(wanted, telemetry::init(LogFormat::Text, "error")?, |_| {}).await?;
     let address = system.running.http.ok_or_else(|| anyhow::anyhow!("no REST"))?;
     let place = system.cluster.as_ref().map(|cluster| cluster.location().to_owned());
