@@ -64,8 +64,7 @@ impl Replica {
         });
         let mut replica = Self { http: String::new(), child, log };
         let up = eventually("a replica is up", || async { replica.logged("is up").pop() }).await;
-        let address = up["http"].as_str().and_then(|shown| shown.strip_prefix("Some(")?.strip_suffix(')'));
-        replica.http = format!("http://{}", address.expect("its address"));
+        replica.http = format!("http://{}", up["http"].as_str().expect("its address"));
         replica
     }
 

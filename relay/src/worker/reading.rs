@@ -1,0 +1,123 @@
+//! From the outbox into the window.
+
+use std::time::Instant;
+
+use super::{KILLS_TO_PARK, Worker};
+use crate::{
+    breaker::Allowance,
+    delivery::{self, ClaimFilter, ParkCause, PendingRow},
+    lanes::Trusted,
+    window::Refusal,
+};
+
+impl Worker {
+    /// Reads what there is room for, and takes it into the window.
+    pub(super) async fn admit(&mut self, trusted: &Trusted) -> Result<(), sqlx::Error> {
+        let now = Instant::now();
+        let room = self.settings.batch.saturating_sub(self.window.len());
+        if room < self.settings.batch / 4 || (now < self.claim_again_at && !self.wake.has_changed().unwrap_or(false)) {
+            return Ok(());
+        }
+        let allowance = self.breaker.allowance(now);
+        if matches!(allowance, Allowance::NothingUntil(_)) {
+            return Ok(());
+        }
+        let (lanes, limits) = self.lane_limits(trusted, room);
+        if lanes.is_empty() {
+            self.claim_again_at = now + self.settings.poll;
+            return Ok(());
+        }
+        if self.topics.expire(now) | self.keys.expire(now) {
+            self.marks.reset(now);
+        }
+        // Armed before the query: a commit during it wakes the next step.
+        self.wake.borrow_and_update();
+        let (low, sweep) = self.marks.marks(&lanes, now);
+        let filter = ClaimFilter {
+            known_ids: self.window.row_ids(),
+            paused_topics: self.topics.names(),
+            held_keys: self.keys.names(),
+        };
+        let mut conn = self.pool.acquire().await?;
+        let mut rows = delivery::claim(&mut conn, &lanes, &low, &limits, &filter).await?;
+        drop(conn);
+        if sweep {
+            self.marks.swept(Instant::now(), now.elapsed());
+        }
+        // A lane that gave as many rows as it might has more.
+        let full = rows.len() >= lanes.len().min(room) && !rows.is_empty();
+        self.claim_again_at = if full { now } else { now + self.settings.poll };
+        if allowance == Allowance::Probe {
+            rows.truncate(1);
+        } else {
+            rows.iter().for_each(|row| self.marks.read_up_to(row.lane, row.id));
+        }
+        let rows = self.charge_suspects(trusted, rows).await?;
+        let refused = self.window.admit(rows);
+        self.refuse(trusted, refused).await
+    }
+
+    /// How many rows may be read of each lane: an equal part of the room, and of a suspected lane no
+    /// more than its limit leaves.
+    fn lane_limits(&self, trusted: &Trusted, room: usize) -> (Vec<i16>, Vec<i64>) {
+        let open = || trusted.lanes.iter().filter(|(_, held)| !held.draining);
+        let part = room.div_ceil(open().count().max(1)) as i64;
+        open()
+            .map(|(&lane, held)| match held.limit {
+                None => (lane, part),
+                Some(limit) => (lane, (i64::from(limit) - self.window.len_of_lane(lane) as i64).min(part)),
+            })
+            .filter(|&(_, limit)| limit > 0)
+            .unzip()
+    }
+
+    /// In a lane that is down to one row at a time, that row is written down before it is sent, and
+    /// parked when it has been the last thing two relays did.
+    async fn charge_suspects(
+        &mut self,
+        trusted: &Trusted,
+        rows: Vec<PendingRow>,
+    ) -> Result<Vec<PendingRow>, sqlx::Error> {
+        let mut cleared = Vec::with_capacity(rows.len());
+        for row in rows {
+            let alone = trusted.lanes.get(&row.lane).is_some_and(|held| held.limit == Some(1));
+            let Some(lane) = trusted.term(row.lane).filter(|_| alone) else {
+                cleared.push(row);
+                continue;
+            };
+            let mut conn = self.pool.acquire().await?;
+            match delivery::suspect(&mut conn, trusted.relay_id, lane, row.id).await? {
+                Some(kills) if kills >= KILLS_TO_PARK => {
+                    let reason = format!(
+                        "the relay died {kills} times while this row alone was in flight; look at its payload and at the relay's last log lines before replaying it"
+                    );
+                    self.unsendable.push((row, reason));
+                }
+                Some(_) => cleared.push(row),
+                None => {}
+            }
+        }
+        Ok(cleared)
+    }
+
+    async fn refuse(&mut self, trusted: &Trusted, refused: Vec<(PendingRow, Refusal)>) -> Result<(), sqlx::Error> {
+        for (row, refusal) in refused {
+            match refusal {
+                Refusal::Behind => {
+                    if let Some(lane) = trusted.term(row.lane) {
+                        let mut conn = self.pool.acquire().await?;
+                        delivery::park(&mut conn, trusted.relay_id, lane, &row.key, &ParkCause::Behind).await?;
+                    }
+                }
+                Refusal::Gap { expected } => {
+                    let reason = format!(
+                        "sequence gap: message {} of this key came before message {expected} was out; a row was removed from the outbox by hand, or written without the library",
+                        row.seq
+                    );
+                    self.unsendable.push((row, reason));
+                }
+            }
+        }
+        Ok(())
+    }
+}

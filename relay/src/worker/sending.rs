@@ -1,0 +1,135 @@
+//! From the window to the broker, and what comes back.
+
+use std::time::{Duration, Instant};
+
+use tokio::time::timeout_at;
+
+use super::{COLLECT, Worker};
+use crate::{
+    breaker::Allowance,
+    delivery::SentRow,
+    fault::Fault,
+    lanes::Trusted,
+    publisher::{Failure, NotEnqueued, Publisher, Report},
+    relay::jitter,
+};
+
+impl Worker {
+    pub(super) fn send_ready(&mut self) {
+        while let Some(row) = self.window.next_to_send() {
+            let row_id = row.id;
+            match self.publisher.enqueue(row) {
+                Ok(()) => {}
+                Err(NotEnqueued::QueueFull) => {
+                    self.window.put_back(row_id);
+                    return;
+                }
+                Err(NotEnqueued::Failed(failure)) => self.failed(row_id, failure),
+            }
+        }
+    }
+
+    /// Waits for reports, and sends the next of each key as soon as the one before is acknowledged.
+    pub(super) async fn collect_reports(&mut self, trusted: &Trusted, winding_down: bool) {
+        let until = (Instant::now() + COLLECT).min(trusted.until);
+        let (mut delivered, mut failed) = (0u64, 0u64);
+        while self.window.in_flight() > 0 && self.sent.len() < self.settings.batch / 2 {
+            let report = match self.publisher.report_now() {
+                Some(report) => report,
+                None => match timeout_at(until.into(), self.publisher.report()).await {
+                    Ok(Some(report)) => report,
+                    Ok(None) | Err(_) => break,
+                },
+            };
+            match self.reported(report) {
+                Some(true) => delivered += 1,
+                Some(false) => failed += 1,
+                None => {}
+            }
+            if !winding_down && self.breaker.allowance(Instant::now()) == Allowance::Everything {
+                self.send_ready();
+            }
+        }
+        if delivered > 0 {
+            self.breaker.succeeded();
+        } else if failed > 0 {
+            self.breaker.failed(Instant::now(), jitter());
+            self.marks.reset(Instant::now());
+        }
+        metrics::counter!("outbox_published_total").increment(delivered);
+        metrics::gauge!("outbox_breaker_open", "worker" => self.index.to_string())
+            .set(f64::from(u8::from(self.breaker.is_open())));
+    }
+
+    /// Takes one report in. `Some(true)`: the broker has the row; `Some(false)`: the broker or the
+    /// way to it failed; `None`: nothing that tells about the broker.
+    fn reported(&mut self, report: Report) -> Option<bool> {
+        match report.result {
+            Ok(place) => {
+                let row = self.window.acknowledged(report.row_id)?;
+                let dwell = (chrono::Utc::now() - row.created_at).as_seconds_f64();
+                metrics::histogram!("outbox_dwell_seconds").record(dwell.max(0.0));
+                self.keys.release(&row.key);
+                self.topics.release(&row.topic);
+                self.sent.push(SentRow {
+                    id: row.id,
+                    lane: row.lane,
+                    partition: place.partition,
+                    offset: place.offset,
+                });
+                Some(true)
+            }
+            Err(failure) => {
+                let broker = failure.fault == Fault::Broker;
+                self.window.in_flight_row(report.row_id)?;
+                self.failed(report.row_id, failure);
+                broker.then_some(false)
+            }
+        }
+    }
+
+    /// One row did not get out. Its key waits in every case; who else waits depends on the fault.
+    fn failed(&mut self, row_id: i64, failure: Failure) {
+        let Some(row) = self.window.in_flight_row(row_id).cloned() else { return };
+        metrics::counter!("outbox_publish_errors_total", "fault" => failure.fault.as_str()).increment(1);
+        let now = Instant::now();
+        self.window.evict(&row.key);
+        self.marks.reset(now);
+        match failure.fault {
+            Fault::Message => self.unsendable.push((row, failure.reason)),
+            Fault::Topic => {
+                if self.topics.hold(&row.topic, now) {
+                    tracing::warn!(
+                        topic = row.topic,
+                        reason = failure.reason,
+                        "topic paused: create it, or allow this client to write to it"
+                    );
+                }
+            }
+            Fault::Broker => {
+                if self.keys.hold(&row.key, now) {
+                    tracing::debug!(key = row.key, reason = failure.reason, "delivery failed; trying again");
+                }
+            }
+            Fault::Producer => self.replace_producer(&failure.reason),
+        }
+    }
+
+    fn replace_producer(&mut self, reason: &str) {
+        tracing::error!(worker = self.index, reason, "the Kafka producer is dead; making a new one");
+        metrics::counter!("outbox_producers_replaced_total").increment(1);
+        match Publisher::new(
+            &self.settings.kafka,
+            self.settings.batch,
+            self.settings.lease.max(Duration::from_secs(10)),
+        ) {
+            Ok(publisher) => {
+                let dead = std::mem::replace(&mut self.publisher, publisher);
+                std::thread::spawn(move || drop(dead));
+            }
+            Err(error) => tracing::error!(%error, "no new producer"),
+        }
+        self.window.evict_unsent();
+        self.breaker.failed(Instant::now(), jitter());
+    }
+}
