@@ -4,11 +4,14 @@
 mod support;
 
 mod admin;
+mod admin_access;
+mod admin_relay;
 mod adoption;
 mod bad_requests;
 mod commands;
 mod commit_in_doubt;
 mod grpc;
+mod grpc_sessions;
 mod grpc_tls;
 mod http;
 mod registration;

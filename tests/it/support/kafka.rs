@@ -5,10 +5,13 @@ use std::{collections::BTreeMap, time::Duration};
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer},
+    error::KafkaResult,
     message::{Header, Headers, OwnedHeaders},
     producer::{FutureProducer, FutureRecord},
 };
 use serde_json::Value;
+
+use super::eventually;
 
 /// A message as it stands in Kafka.
 #[derive(Debug, Clone)]
@@ -29,24 +32,28 @@ impl Seen {
 
 /// Everything that stands in these topics now, topic by topic, in order of partition and offset.
 pub async fn read_all(brokers: &str, topics: &[String]) -> Vec<Seen> {
-    let (brokers, topics) = (brokers.to_owned(), topics.to_owned());
-    tokio::task::spawn_blocking(move || read_blocking(&brokers, &topics)).await.expect("the reader")
+    // A topic made a moment ago has partitions without a leader.
+    eventually("the topics can be read", || async {
+        let (brokers, topics) = (brokers.to_owned(), topics.to_owned());
+        let read = tokio::task::spawn_blocking(move || read_blocking(&brokers, &topics));
+        read.await.expect("the reader").inspect_err(|error| println!("{error}")).ok()
+    })
+    .await
 }
 
-fn read_blocking(brokers: &str, topics: &[String]) -> Vec<Seen> {
+fn read_blocking(brokers: &str, topics: &[String]) -> KafkaResult<Vec<Seen>> {
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .set("group.id", "reader")
         .set("enable.auto.commit", "false")
-        .create()
-        .expect("a consumer");
+        .create()?;
     let wait = Duration::from_secs(10);
     let mut list = TopicPartitionList::new();
     let mut left = 0;
     for topic in topics {
-        let metadata = consumer.fetch_metadata(Some(topic), wait).expect("metadata");
+        let metadata = consumer.fetch_metadata(Some(topic), wait)?;
         for partition in metadata.topics()[0].partitions() {
-            let (low, high) = consumer.fetch_watermarks(topic, partition.id(), wait).expect("watermarks");
+            let (low, high) = consumer.fetch_watermarks(topic, partition.id(), wait)?;
             list.add_partition_offset(topic, partition.id(), Offset::Beginning).expect("an offset");
             left += high - low;
         }
@@ -59,7 +66,7 @@ fn read_blocking(brokers: &str, topics: &[String]) -> Vec<Seen> {
         left -= 1;
     }
     seen.sort_by(|a, b| (&a.topic, a.partition, a.offset).cmp(&(&b.topic, b.partition, b.offset)));
-    seen
+    Ok(seen)
 }
 
 fn to_seen<M: Message>(message: &M) -> Seen {

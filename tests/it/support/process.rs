@@ -22,6 +22,7 @@ pub struct Replica {
     pub http: String,
     child: Child,
     log: Arc<Mutex<Vec<Value>>>,
+    _watcher: Child,
 }
 
 /// A command of the binary, in an environment of nothing but `vars`, in a folder without a `.env`.
@@ -62,7 +63,8 @@ impl Replica {
                 kept.lock().unwrap().push(serde_json::from_str(&line).unwrap_or(Value::String(line)));
             }
         });
-        let mut replica = Self { http: String::new(), child, log };
+        let _watcher = watcher(child.id().expect("it runs"));
+        let mut replica = Self { http: String::new(), child, log, _watcher };
         let up = eventually("a replica is up", || async { replica.logged("is up").pop() }).await;
         replica.http = format!("http://{}", up["http"].as_str().expect("its address"));
         replica
@@ -91,4 +93,11 @@ impl Replica {
     pub async fn exit_code(&mut self) -> Option<i32> {
         self.child.wait().await.expect("its end").code()
     }
+}
+
+/// Ends the process when this one is gone, even killed: its standard input ends with us.
+fn watcher(pid: u32) -> Child {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "read _; kill -9 $0 2>/dev/null", &pid.to_string()]);
+    shell.stdin(Stdio::piped()).spawn().expect("a shell")
 }
