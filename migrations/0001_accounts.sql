@@ -74,6 +74,10 @@ begin
     end loop;
 end $$;
 
+-- A registration that is asked for again is found by its saga.
+create unique index if not exists auth_users_create_saga on auth_users (create_saga_id)
+    where create_saga_id is not null;
+
 -- One row is one session. Nothing in it can be presented as a token: the current refresh token
 -- is made anew, byte for byte, from (id, user_id, generation, jti, issued_at, expires_at, kid),
 -- because an RS256 signature is deterministic.

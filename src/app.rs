@@ -172,12 +172,11 @@ impl App {
     /// are known only then, and never by a sequential scan: statistics taken while the outbox was
     /// empty would recommend one.
     fn relay_pool(&self) -> PgPool {
-        let options = self
-            .config
-            .database
-            .options
-            .clone()
-            .options([("plan_cache_mode", "force_custom_plan"), ("enable_seqscan", "off")]);
+        let options = self.config.database.options.clone().options([
+            ("plan_cache_mode", "force_custom_plan"),
+            ("enable_seqscan", "off"),
+            ("statement_timeout", "30s"),
+        ]);
         PgPoolOptions::new()
             .max_connections(self.config.database.relay_pool_size)
             .acquire_timeout(self.config.database.acquire_timeout)
@@ -270,7 +269,9 @@ async fn check_schema(app: &App) -> anyhow::Result<()> {
         Ok(true) => Ok(()),
         Ok(false) => anyhow::bail!("the database's schema is behind this program: run `auth-service migrate` first"),
         Err(error) => {
-            tracing::warn!(%error, "the database can't be reached yet; not ready until it can");
+            let options = &app.config.database.options;
+            let place = format!("{}:{}", options.get_host(), options.get_port());
+            tracing::warn!(%error, database = place, "the database can't be reached yet; not ready until it can");
             Ok(())
         }
     }

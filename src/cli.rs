@@ -2,15 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    env,
-    ffi::OsString,
-    io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     process::ExitCode,
     time::Duration,
 };
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use crate::{
@@ -42,7 +40,7 @@ enum Command {
     UserService(crate::dev::UserServiceArgs),
     /// Run the service; several replicas of any role may run side by side
     Serve {
-        /// What this process does: http, grpc, admin, relay, sagas, housekeeping
+        /// What this process does, all of it by default: http, grpc, admin, relay, sagas, housekeeping
         #[arg(long = "role", value_delimiter = ',', value_name = "ROLE,…")]
         roles: Vec<Role>,
     },
@@ -161,27 +159,20 @@ async fn dispatch(command: Command) -> Result<ExitCode, Failure> {
 }
 
 fn configuration() -> Result<Config, Failure> {
-    Config::from_vars(environment()?, Profile::Production).map_err(Failure::Config)
+    from_environment(|vars| Config::from_vars(vars, Profile::Production))
 }
 
-/// The environment, and under it `.env` where there is one.
-fn environment() -> Result<Vec<(String, String)>, Failure> {
-    let mut vars: BTreeMap<String, String> = BTreeMap::new();
-    match dotenvy::from_path_iter(".env") {
-        Ok(entries) => {
-            for entry in entries {
-                // The entry is not shown: it may be a secret with a quote too many.
-                let (name, value) = entry.map_err(|_| anyhow::anyhow!(".env has a line that is not NAME=value"))?;
-                vars.insert(name, value);
-            }
+/// Reads the environment; what is wrong with `.env` stands beside everything else that is wrong.
+fn from_environment<T>(read: impl FnOnce(BTreeMap<String, String>) -> Result<T, ConfigErrors>) -> Result<T, Failure> {
+    let (vars, mut errors) = config::environment();
+    match read(vars) {
+        Ok(read) if errors.is_empty() => Ok(read),
+        Ok(_) => Err(Failure::Config(ConfigErrors(errors))),
+        Err(others) => {
+            errors.extend(others.0);
+            Err(Failure::Config(ConfigErrors(errors)))
         }
-        Err(dotenvy::Error::Io(error)) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(_) => return Err(anyhow::anyhow!(".env can't be read").into()),
     }
-    // A value that is not UTF-8 can't be one of ours.
-    let ours = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
-    vars.extend(env::vars_os().filter_map(ours));
-    Ok(vars.into_iter().collect())
 }
 
 async fn serve(roles: Vec<Role>) -> Result<ExitCode, Failure> {
@@ -210,8 +201,12 @@ async fn serve(roles: Vec<Role>) -> Result<ExitCode, Failure> {
 }
 
 async fn migrate() -> Result<ExitCode, Failure> {
-    let database = config::database(environment()?).map_err(Failure::Config)?;
-    match migrations::run(&database.options).await? {
+    let database = from_environment(config::database)?;
+    let place = format!("{}:{}", database.options.get_host(), database.options.get_port());
+    let applied = migrations::run(&database.options).await;
+    match applied
+        .with_context(|| format!("migrating the database at {place} (DATABASE_URL, or DB_HOST and DB_PORT)"))?
+    {
         0 => println!("the schema is up to date"),
         applied => println!("applied {applied} migration(s); the schema is up to date"),
     }
@@ -222,7 +217,7 @@ async fn healthcheck(url: Option<String>) -> Result<ExitCode, Failure> {
     let url = match url {
         Some(url) => url,
         None => {
-            let mut listen = config::http_listen(environment()?).map_err(Failure::Config)?;
+            let mut listen = from_environment(config::http_listen)?;
             if listen.ip().is_unspecified() {
                 listen = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), listen.port());
             }

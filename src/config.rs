@@ -4,6 +4,7 @@
 
 mod admin;
 mod database;
+mod environment;
 mod error;
 mod grpc;
 mod http;
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 pub use admin::{AdminConfig, AdminToken, Scope};
 pub use database::DatabaseConfig;
+pub use environment::environment;
 pub use error::{ConfigError, ConfigErrors};
 pub use grpc::{CallerToken, GrpcConfig, GrpcTls};
 pub use http::{CookiePolicy, HttpConfig};

@@ -20,10 +20,10 @@ const LOCK_POLL: Duration = Duration::from_millis(200);
 #[derive(Debug, thiserror::Error)]
 pub enum SchemaError {
     /// The database could not be reached or refused.
-    #[error("the database: {0}")]
+    #[error(transparent)]
     Database(#[from] sqlx::Error),
     /// A migration failed.
-    #[error("{0}")]
+    #[error(transparent)]
     Migration(#[from] MigrateError),
     /// Accounts that differ only in case can't all stay.
     #[error(

@@ -151,12 +151,25 @@ pub(crate) async fn finish(
 pub(crate) enum ParkCause {
     /// This row can't be sent; the reason is for the operator.
     Unsendable { row_id: i64, reason: String },
+    /// The row before this one is missing, as far as was read.
+    Gap { row_id: i64, reason: String },
     /// An earlier row of the key is parked already.
     Behind,
 }
 
+impl ParkCause {
+    /// For the operator.
+    pub(crate) fn reason(&self) -> &str {
+        match self {
+            ParkCause::Unsendable { reason, .. } | ParkCause::Gap { reason, .. } => reason,
+            ParkCause::Behind => "",
+        }
+    }
+}
+
 /// Parks a key: the row that can't be sent and everything of its key behind it. Answers how many
-/// rows moved; 0 when the lane was lost, or (for [`ParkCause::Behind`]) when the key is free again.
+/// rows moved; 0 when the lane was lost, when the key is free again ([`ParkCause::Behind`]), or when
+/// there is no gap ([`ParkCause::Gap`]).
 pub(crate) async fn park(
     conn: &mut PgConnection,
     relay_id: Uuid,
@@ -178,7 +191,8 @@ pub(crate) async fn park(
     // The progress row is the lock between parking here and an operator's replay: without it a row
     // could be parked behind a head that has just left the parking lot, and wait for nothing.
     let head: Option<i64> = match cause {
-        ParkCause::Unsendable { row_id, .. } => {
+        ParkCause::Gap { .. } if !has_gap(&mut tx, key).await? => None,
+        ParkCause::Unsendable { row_id, .. } | ParkCause::Gap { row_id, .. } => {
             sqlx::query_scalar(
                 "insert into outbox_progress as p (key, seq, blocked_by) values ($1, 0, $2)
                  on conflict (key) do update set blocked_by = coalesce(p.blocked_by, excluded.blocked_by)
@@ -199,10 +213,6 @@ pub(crate) async fn park(
         }
     };
     let Some(head) = head else { return Ok(0) };
-    let reason = match cause {
-        ParkCause::Unsendable { reason, .. } => reason.as_str(),
-        ParkCause::Behind => "",
-    };
     let moved = sqlx::query(
         "with gone as (delete from outbox where lane = $1 and key = $2 returning *)
          insert into outbox_parked (id, lane, key, seq, message_id, topic, payload, headers, saga_id,
@@ -215,12 +225,24 @@ pub(crate) async fn park(
     .bind(lane.lane)
     .bind(key)
     .bind(head)
-    .bind(reason)
+    .bind(cause.reason())
     .execute(&mut *tx)
     .await?
     .rows_affected();
     tx.commit().await?;
     Ok(moved)
+}
+
+/// Whether a key's first unsent row is not the next one. Asked of the database as a whole: a read that
+/// began at a low mark may have passed over a row that became visible late.
+async fn has_gap(conn: &mut PgConnection, key: &str) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(
+        "select coalesce((select min(o.seq) from outbox o where o.key = $1 and o.replay_of is null)
+                       > coalesce((select p.seq from outbox_progress p where p.key = $1 for update), 0) + 1, false)",
+    )
+    .bind(key)
+    .fetch_one(conn)
+    .await
 }
 
 /// Writes down, before it is sent, that this row is in flight all alone in a lane whose owners keep

@@ -36,11 +36,9 @@ impl Holds {
         }
     }
 
-    /// A message got through: forget that there was trouble.
-    pub(crate) fn release(&mut self, name: &str) {
-        if !self.0.is_empty() {
-            self.0.remove(name);
-        }
+    /// A message got through: forget that there was trouble. `true` when it ends a wait.
+    pub(crate) fn release(&mut self, name: &str) -> bool {
+        !self.0.is_empty() && self.0.remove(name).is_some_and(|hold| !hold.over)
     }
 
     /// Lets go what has waited long enough; `true` when there was something. It is remembered for

@@ -133,15 +133,8 @@ async fn supervise(relay: Arc<Relay>, index: usize, shutdown: CancellationToken)
 async fn keep_lease(mut keeper: LeaseKeeper, pool: PgPool, lease: Duration, stop: CancellationToken) {
     let every = lease / 4;
     while !stop.is_cancelled() {
-        let round = async {
-            let mut conn = pool.acquire().await?;
-            keeper.tick(&mut conn).await
-        };
-        // A database that hangs must not hang the keeper: the next round asks anew.
-        match tokio::time::timeout(lease, round).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, "lease not renewed; trying again"),
-            Err(_) => tracing::warn!("lease not renewed: the database does not answer; trying again"),
+        if let Err(error) = renew(&mut keeper, &pool, every).await {
+            tracing::warn!(%error, "lease not renewed; trying again");
         }
         metrics::gauge!("outbox_lanes_owned").set(keeper.ownership.count() as f64);
         stop.run_until_cancelled(sleep(every.mul_f64(0.9 + jitter() * 0.2))).await;
@@ -152,6 +145,19 @@ async fn keep_lease(mut keeper: LeaseKeeper, pool: PgPool, lease: Duration, stop
     };
     if let Err(error) = resigned.await {
         tracing::warn!(%error, "lanes not given back; others take them when the lease runs out");
+    }
+}
+
+/// One round. A connection that has fallen silent is thrown away: the next round asks on another,
+/// while there is still some trust left.
+async fn renew(keeper: &mut LeaseKeeper, pool: &PgPool, patience: Duration) -> Result<(), sqlx::Error> {
+    let mut conn = pool.acquire().await?;
+    match tokio::time::timeout(patience, keeper.tick(&mut conn)).await {
+        Ok(ticked) => ticked,
+        Err(_) => {
+            conn.close_on_drop();
+            Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into())
+        }
     }
 }
 

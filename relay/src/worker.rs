@@ -5,7 +5,7 @@ mod reading;
 mod sending;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -29,10 +29,17 @@ use crate::{
 /// How long reports are collected before what is there is archived: long enough to archive many
 /// rows in one transaction, short enough not to show.
 const COLLECT: Duration = Duration::from_millis(20);
+/// Longest a step may take where the lease is shorter: a sweep under a held snapshot takes seconds.
+const STEP: Duration = Duration::from_secs(40);
+/// Between two looks whether the operator lets the relay go on.
+const PAUSED_REST: Duration = Duration::from_millis(100);
 /// Rest after the database failed.
 const DATABASE_REST: Duration = Duration::from_millis(500);
 /// A row that was alone in flight when two owners of its lane died is taken to be the cause.
 const KILLS_TO_PARK: i16 = 2;
+/// A broker refuses a whole batch for one message in it that is too large. Who is refused this often,
+/// with growing waits in between and so in other company, is that one.
+const REFUSALS_TO_PARK: u8 = 3;
 
 pub(crate) struct Worker {
     index: usize,
@@ -49,7 +56,11 @@ pub(crate) struct Worker {
     /// Acknowledged, not archived yet.
     sent: Vec<SentRow>,
     /// To be parked once everything before them is archived.
-    unsendable: Vec<(PendingRow, String)>,
+    unsendable: Vec<(PendingRow, ParkCause)>,
+    /// Suspected lanes whose row came back with an error: whatever it is, it did not kill us.
+    survived: HashSet<i16>,
+    /// How often the broker has refused a row for what it is.
+    refusals: HashMap<i64, u8>,
     breaker: Breaker,
     topics: Holds,
     keys: Holds,
@@ -90,6 +101,8 @@ impl Worker {
             window: Window::default(),
             sent: Vec::new(),
             unsendable: Vec::new(),
+            survived: HashSet::new(),
+            refusals: HashMap::new(),
             breaker: Breaker::default(),
             topics: Holds::default(),
             keys: Holds::default(),
@@ -109,8 +122,12 @@ impl Worker {
                     break;
                 }
             }
-            let rest_until = match self.step(stop_by.is_some()).await {
-                Ok(Outcome::Busy) => continue,
+            let rest_until = match self.step_in_time(stop_by.is_some()).await {
+                Ok(Outcome::Busy) => {
+                    // Whatever keeps this loop busy must not keep the lease keeper from its turn.
+                    tokio::task::yield_now().await;
+                    continue;
+                }
                 Ok(Outcome::Idle) => {
                     let poll = self.settings.poll.mul_f64(0.75 + jitter() / 2.0);
                     tokio::select! {
@@ -137,6 +154,20 @@ impl Worker {
         std::thread::spawn(move || drop(self.publisher));
     }
 
+    /// A database that has fallen silent must not keep lanes whose lease is renewed elsewhere: an
+    /// answer that does not come is an error. Dropped in its middle, a step loses nothing: rows stay
+    /// in the outbox until the archive has them, and what was read is read again.
+    async fn step_in_time(&mut self, stopping: bool) -> Result<Outcome, sqlx::Error> {
+        let patience = self.settings.lease.max(STEP);
+        match tokio::time::timeout(patience, self.step(stopping)).await {
+            Ok(outcome) => outcome,
+            Err(_) => {
+                self.marks.reset(Instant::now());
+                Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into())
+            }
+        }
+    }
+
     async fn step(&mut self, stopping: bool) -> Result<Outcome, sqlx::Error> {
         let Some(trusted) = self.ownership.lanes_of(self.index, self.settings.workers) else {
             self.surrender();
@@ -151,11 +182,17 @@ impl Worker {
         self.archive(&trusted).await?;
         self.park_unsendable(&trusted).await?;
         self.hand_over_drained(&trusted).await?;
-        Ok(self.outcome())
+        Ok(self.outcome(trusted.paused))
     }
 
-    fn outcome(&self) -> Outcome {
-        if self.window.in_flight() > 0 || self.window.has_ready() || !self.sent.is_empty() {
+    fn outcome(&self, paused: bool) -> Outcome {
+        if self.window.in_flight() > 0 || !self.sent.is_empty() {
+            return Outcome::Busy;
+        }
+        if paused {
+            return Outcome::RestUntil(Instant::now() + PAUSED_REST);
+        }
+        if self.window.has_ready() {
             return Outcome::Busy;
         }
         match self.breaker.allowance(Instant::now()) {
@@ -210,6 +247,13 @@ impl Worker {
 
     /// Moves what the broker has to the archive.
     async fn archive(&mut self, trusted: &Trusted) -> Result<(), sqlx::Error> {
+        for lane in std::mem::take(&mut self.survived) {
+            let suspected = trusted.lanes.get(&lane).is_some_and(|held| held.limit == Some(1));
+            if let Some(lane) = trusted.term(lane).filter(|_| suspected) {
+                let mut conn = self.pool.acquire().await?;
+                delivery::trust_more(&mut conn, trusted.relay_id, lane, Some(1)).await?;
+            }
+        }
         if self.sent.is_empty() {
             return Ok(());
         }
@@ -242,27 +286,31 @@ impl Worker {
     /// Parks what can never be sent. Only after [`archive`](Self::archive): what was sent of the
     /// same key is in the outbox until then, and would be parked with the rest.
     async fn park_unsendable(&mut self, trusted: &Trusted) -> Result<(), sqlx::Error> {
-        while let Some((row, reason)) = self.unsendable.pop() {
+        while let Some((row, cause)) = self.unsendable.pop() {
             let Some(lane) = trusted.term(row.lane) else { continue };
-            let cause = ParkCause::Unsendable { row_id: row.id, reason: reason.clone() };
             let parked = async {
                 let mut conn = self.pool.acquire().await?;
                 delivery::park(&mut conn, trusted.relay_id, lane, &row.key, &cause).await
             };
             match parked.await {
+                // No gap after all, or the lane is gone: look again from the beginning.
+                Ok(0) => {
+                    self.marks.reset(Instant::now());
+                    self.claim_again_at = Instant::now();
+                }
                 Ok(rows) => {
                     tracing::error!(
                         outbox.row = row.id,
                         key = row.key,
                         topic = row.topic,
                         rows,
-                        reason,
+                        reason = cause.reason(),
                         "parked: this message and everything behind it in its key waits for an operator"
                     );
                     metrics::counter!("outbox_parked_total").increment(rows);
                 }
                 Err(error) => {
-                    self.unsendable.push((row, reason));
+                    self.unsendable.push((row, cause));
                     return Err(error);
                 }
             }

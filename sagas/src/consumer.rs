@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     orchestrator::{Flows, Orchestrator, SagaError},
-    reply::Received,
+    reply::{Received, header_text},
 };
 
 /// How replies are read.
@@ -34,6 +34,8 @@ pub struct ConsumerSettings {
 }
 
 const RETRY: Duration = Duration::from_millis(500);
+/// Attempts at a message that fails by itself, before it is put aside.
+const PATIENCE: u32 = 3;
 const LEAVE: Duration = Duration::from_secs(5);
 /// A missing reply topic is looked for again this often: topics may be created after us.
 const TOPIC_REFRESH_MS: &str = "10000";
@@ -102,7 +104,7 @@ impl<F: Flows> Orchestrator<F> {
         let topics = self.reply_topics();
         consumer.subscribe(&topics.iter().map(String::as_str).collect::<Vec<_>>())?;
 
-        let mut cluster_id = None;
+        let mut cluster_id: Option<String> = None;
         let result = loop {
             let next = shutdown.run_until_cancelled(consumer.recv()).await;
             match next {
@@ -113,7 +115,14 @@ impl<F: Flows> Orchestrator<F> {
                 Some(Ok(message)) => {
                     let id = match &cluster_id {
                         Some(id) => id,
-                        None => cluster_id.insert(cluster_id_of(&consumer)),
+                        None => {
+                            let Some(id) = cluster_id_of(&consumer) else {
+                                // A place in an unknown cluster is no place: ask again.
+                                tracing::warn!("the Kafka cluster does not say its id; trying again");
+                                break Err(KafkaError::ClientCreation("no cluster id".to_owned()));
+                            };
+                            cluster_id.insert(id)
+                        }
                     };
                     let received = self.received(&message, id);
                     if !self.handle(pool, &received, shutdown).await {
@@ -133,6 +142,7 @@ impl<F: Flows> Orchestrator<F> {
     /// Takes one message in, however long the database is away. `false`: told to stop before it was.
     async fn handle(&self, pool: &PgPool, message: &Received, shutdown: &CancellationToken) -> bool {
         let mut panics = 0;
+        let mut refusals = 0;
         loop {
             let (orchestrator, pool_, message_) = (self.clone(), pool.clone(), message.clone());
             // A task of its own: a panic ends this attempt, not the consumer.
@@ -147,11 +157,22 @@ impl<F: Flows> Orchestrator<F> {
                     );
                     return true;
                 }
-                Ok(Err(error)) => self.explain(message, &error),
+                Ok(Err(error)) => {
+                    self.explain(message, &error);
+                    // The database is there and will not have it: asking again for ever would hold up
+                    // everything behind it.
+                    refusals += u32::from(error.is_the_messages_fault());
+                    let why = format!("the database refused it {refusals} times: {error}");
+                    if refusals >= PATIENCE && self.reject(pool, message, &why).await.is_ok() {
+                        return true;
+                    }
+                }
                 Err(panic) => {
                     panics += 1;
                     tracing::error!(topic = message.topic, offset = message.offset, %panic, "handling a reply panicked");
-                    if panics >= 2 && self.reject(pool, message, "the handler panicked on it twice").await.is_ok() {
+                    if panics >= PATIENCE
+                        && self.reject(pool, message, "the handler panicked on it every time").await.is_ok()
+                    {
                         return true;
                     }
                 }
@@ -164,19 +185,22 @@ impl<F: Flows> Orchestrator<F> {
 
     fn explain(&self, message: &Received, error: &SagaError) {
         metrics::counter!("saga_reply_retries_total").increment(1);
-        tracing::warn!(topic = message.topic, offset = message.offset, %error, "reply not taken in yet; trying again");
+        tracing::warn!(
+            topic = message.topic, partition = message.partition, offset = message.offset, %error,
+            "reply not taken in yet; trying again"
+        );
     }
 
     fn received(&self, message: &BorrowedMessage<'_>, cluster_id: &str) -> Received {
         let prefix = self.inner.settings.topic_prefix.as_str();
         let headers = message.headers().map_or_else(BTreeMap::new, |headers| {
-            let text = |value: Option<&[u8]>| String::from_utf8(value?.to_vec()).ok();
-            headers.iter().filter_map(|header| Some((header.key.to_owned(), text(header.value)?))).collect()
+            headers.iter().map(|header| (header.key.to_owned(), header_text(header.value))).collect()
         });
         Received {
             topic: message.topic().strip_prefix(prefix).unwrap_or(message.topic()).to_owned(),
             partition: message.partition(),
             offset: message.offset(),
+            timestamp_ms: message.timestamp().to_millis().unwrap_or(0),
             cluster_id: cluster_id.to_owned(),
             key: message.key().map(<[u8]>::to_vec),
             headers,
@@ -199,8 +223,8 @@ async fn leave(consumer: StreamConsumer<Context>) {
 }
 
 /// Known to the client since its first metadata answer, so this does not wait.
-fn cluster_id_of(consumer: &StreamConsumer<Context>) -> String {
-    consumer.client().fetch_cluster_id(Duration::from_secs(1)).unwrap_or_else(|| "unknown".to_owned())
+fn cluster_id_of(consumer: &StreamConsumer<Context>) -> Option<String> {
+    consumer.client().fetch_cluster_id(Duration::from_secs(5))
 }
 
 fn is_over(error: &KafkaError) -> bool {

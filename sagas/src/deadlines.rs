@@ -87,7 +87,7 @@ impl<F: Flows> Orchestrator<F> {
                 Some(Publication::Pending) => continue,
             };
             let source = EventSource { published_at, ..EventSource::of("deadlines") };
-            self.committed(pool, async |conn| {
+            let noted = self.committed(pool, async |conn| {
                 let saga = store::find(conn, saga_id).await?;
                 // A saga that is stuck because its command is parked, and still is: nothing new.
                 let known = saga.is_some_and(|saga| saga.status == Status::Stuck && published_at.is_none());
@@ -95,8 +95,12 @@ impl<F: Flows> Orchestrator<F> {
                     self.take_in(conn, saga_id, &event, source).await?;
                 }
                 Ok::<_, SagaError>(())
-            })
-            .await?;
+            });
+            // One saga that can't be moved (of a kind only a newer program knows) is no reason to
+            // leave the others alone.
+            if let Err(error) = noted.await {
+                tracing::warn!(saga.id = %saga_id, %error, "a command's publication could not be noted; trying again");
+            }
         }
         Ok(())
     }
@@ -110,6 +114,14 @@ impl<F: Flows> Orchestrator<F> {
                 if !store::overdue_now(conn, saga_id).await? {
                     return Ok(None);
                 }
+                if saga.status == Status::Resolving && recourse != Recourse::Ask {
+                    // Whoever asked has died, and nobody is left to ask. Replies that waited for the
+                    // outcome come first; if there are none, the next sweep decides.
+                    let gone = Event::Settled(Settlement::NoAnswer("whoever asked has vanished".to_owned()));
+                    self.take_in(conn, saga_id, &gone, EventSource::of("deadlines")).await?;
+                    self.take_up_deferred(conn, saga_id).await?;
+                    return Ok(None);
+                }
                 let event = Event::Overdue { recourse };
                 let handled = self.take_in(conn, saga_id, &event, EventSource::of("deadlines")).await?;
                 let asking = handled == Some(Handled::Moved(Status::Resolving));
@@ -120,9 +132,15 @@ impl<F: Flows> Orchestrator<F> {
         debug_assert_eq!(recourse, Recourse::Ask);
 
         let settings = &self.inner.settings;
-        let answer = match tokio::time::timeout(settings.ask_timeout, self.inner.flows.ask(&saga)).await {
-            Ok(answer) => answer,
-            Err(_) => Settlement::NoAnswer(format!("no answer within {:?}", settings.ask_timeout)),
+        let asking = {
+            let (orchestrator, saga, patience) = (self.clone(), saga.clone(), settings.ask_timeout);
+            // A task of its own: a panic is an answer that counts, not a question asked for ever.
+            tokio::spawn(async move { tokio::time::timeout(patience, orchestrator.inner.flows.ask(&saga)).await })
+        };
+        let answer = match asking.await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Settlement::NoAnswer(format!("no answer within {:?}", settings.ask_timeout)),
+            Err(failure) => Settlement::NoAnswer(format!("the question failed: {failure}")),
         };
         let answer = match answer {
             Settlement::NoAnswer(why) if saga.resolve_attempts + 1 >= settings.resolve_attempts as i32 => {

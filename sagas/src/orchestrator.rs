@@ -135,6 +135,16 @@ pub enum SagaError {
     },
 }
 
+impl SagaError {
+    /// The database answered, and refused the values: the same message would be refused again.
+    pub(crate) fn is_the_messages_fault(&self) -> bool {
+        let (SagaError::Database(error) | SagaError::Append(AppendError::Database(error))) = self else { return false };
+        let code = error.as_database_error().and_then(|error| error.code());
+        // Data exceptions, values that break a constraint, values too long for an index.
+        code.is_some_and(|code| code.starts_with("22") || code.starts_with("23") || code == "54000")
+    }
+}
+
 impl<F: Flows> Orchestrator<F> {
     /// For these kinds of sagas.
     pub fn new(settings: SagaSettings, definitions: &'static [&'static Definition], flows: F, wake: Wake) -> Self {

@@ -69,6 +69,7 @@ impl<F: Flows> Orchestrator<F> {
                 topic: waiting.topic,
                 partition: waiting.partition,
                 offset: waiting.offset,
+                timestamp_ms: 0,
                 cluster_id: String::new(),
                 key: waiting.bytes.key,
                 headers: waiting.bytes.headers,
@@ -89,8 +90,9 @@ impl<F: Flows> Orchestrator<F> {
     ) -> Result<(), SagaError> {
         let Conclusion { outcome, detail, saga_id } = conclusion;
         if matches!(outcome, Outcome::Unknown | Outcome::Unexpected | Outcome::Rejected) {
+            let shown: String = message_key.chars().take(200).collect();
             tracing::warn!(
-                message.key = message_key,
+                message.key = shown,
                 outcome = outcome.as_str(),
                 detail,
                 "a reply took no effect; it is kept in the inbox"

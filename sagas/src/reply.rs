@@ -7,6 +7,8 @@ use uuid::Uuid;
 
 use crate::{definition::Meaning, machine::Answer};
 
+const LONGEST_KEY: usize = 512;
+
 /// A message as it came from Kafka.
 #[derive(Debug, Clone)]
 pub struct Received {
@@ -16,6 +18,8 @@ pub struct Received {
     pub partition: i32,
     /// Offset it stood at.
     pub offset: i64,
+    /// When it was written, in milliseconds of Unix time.
+    pub timestamp_ms: i64,
     /// Id of the Kafka cluster it came from; offsets mean nothing without it.
     pub cluster_id: String,
     /// Key.
@@ -27,15 +31,34 @@ pub struct Received {
 }
 
 impl Received {
-    /// What the inbox knows the message by: its own id if it has one, else its place in Kafka.
+    /// What the inbox knows the message by: its own id if it has one, else its place in Kafka. The
+    /// time belongs to the place: a topic that is made anew begins at offset 0 again.
     pub(crate) fn message_key(&self) -> String {
         match self.headers.get("ce_id").filter(|id| !id.is_empty()) {
             Some(id) => {
                 let source = self.headers.get("ce_source").map_or("", String::as_str);
-                format!("id:{}:{source}:{id}", self.topic)
+                let key = format!("id:{}:{source}:{id}", self.topic);
+                // An index entry has its limit, a foreign id has none.
+                match key.len() <= LONGEST_KEY {
+                    true => key,
+                    false => format!("id-hash:{}:{}", self.topic, Uuid::new_v5(&Uuid::NAMESPACE_OID, key.as_bytes())),
+                }
             }
-            None => format!("at:{}:{}:{}:{}", self.cluster_id, self.topic, self.partition, self.offset),
+            None => {
+                let Self { cluster_id, topic, partition, offset, timestamp_ms, .. } = self;
+                format!("at:{cluster_id}:{topic}:{partition}:{offset}:{timestamp_ms}")
+            }
         }
+    }
+}
+
+/// A header's value as text. What PostgreSQL could not hold as text (not UTF-8, or with a NUL in it)
+/// stands as its bytes in hexadecimal: kept, and never mistaken for an id.
+pub(crate) fn header_text(value: Option<&[u8]>) -> String {
+    let bytes = value.unwrap_or_default();
+    match std::str::from_utf8(bytes) {
+        Ok(text) if !text.contains('\0') => text.to_owned(),
+        _ => bytes.iter().fold("hex:".to_owned(), |hex, byte| hex + &format!("{byte:02x}")),
     }
 }
 
@@ -111,7 +134,8 @@ pub(crate) fn verdict(message: &Received, meaning: Meaning, participant: &str) -
     let reason = || {
         let text = |name| present(&value, name).and_then(Value::as_str);
         let reason = text("reason").or_else(|| text("message")).or_else(|| text("error"));
-        reason.unwrap_or("no reason given").chars().take(500).collect::<String>()
+        // PostgreSQL's text and jsonb hold no NUL.
+        reason.unwrap_or("no reason given").replace('\0', "\u{fffd}").chars().take(500).collect::<String>()
     };
     Ok(match meaning {
         Meaning::Done => Verdict::Step(Answer::Done),
@@ -174,6 +198,7 @@ mod tests {
             topic: "user.create.close".into(),
             partition: 0,
             offset: 7,
+            timestamp_ms: 1000,
             cluster_id: "c".into(),
             key: None,
             headers: headers.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
@@ -206,6 +231,14 @@ mod tests {
     }
 
     #[test]
+    fn what_a_database_could_not_hold_is_kept_as_hexadecimal() {
+        assert_eq!(header_text(Some(b"plain \xc3\xbc")), "plain ü");
+        assert_eq!(header_text(Some(b"a\0b")), "hex:610062");
+        assert_eq!(header_text(Some(b"\xff")), "hex:ff");
+        assert_eq!(header_text(None), "");
+    }
+
+    #[test]
     fn saga_reply_is_understood_only_from_the_participant() {
         let verdict =
             |headers: &[(&str, &str)], payload| verdict(&message(headers, payload), Meaning::Either, "user-service");
@@ -223,7 +256,9 @@ mod tests {
 
     #[test]
     fn a_message_without_an_id_is_known_by_its_place() {
-        assert_eq!(message(&[], "{}").message_key(), "at:c:user.create.close:0:7");
+        assert_eq!(message(&[], "{}").message_key(), "at:c:user.create.close:0:7:1000");
         assert_eq!(message(&[("ce_id", "x"), ("ce_source", "s")], "{}").message_key(), "id:user.create.close:s:x");
+        let long = message(&[("ce_id", &"x".repeat(9000))], "{}").message_key();
+        assert!(long.starts_with("id-hash:user.create.close:") && long.len() < 100, "{long}");
     }
 }

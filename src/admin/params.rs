@@ -148,8 +148,8 @@ impl Order {
         if errors.is_empty() && reason.is_empty() {
             errors.push(FieldError::new("reason", "is required: it stands in the audit log"));
         }
-        if reason.chars().count() > LONGEST_REASON || reason.contains('\0') {
-            errors.push(FieldError::new("reason", "must be at most 1000 characters, none of them NUL"));
+        if reason.chars().count() > LONGEST_REASON || reason.chars().any(char::is_control) {
+            errors.push(FieldError::new("reason", "must be at most 1000 characters, none of them a control character"));
         }
         let mut flag = |name: &'static str| match fields.remove(name) {
             None | Some(Value::Null) => false,

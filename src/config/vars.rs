@@ -270,8 +270,15 @@ impl Nature {
     }
 }
 
-/// A value as it is shown in an error: escaped and not too long.
+/// A value as it is shown in an error: escaped and not too long. What stands before an `@` may be a
+/// password.
 pub(super) fn quoted(raw: &str) -> String {
+    if let Some((_, shown)) = raw.rsplit_once('@') {
+        return format!("{:?}", format!("(hidden)@{}", shown.chars().take(60).collect::<String>()));
+    }
+    if raw.matches(':').count() > 1 && !raw.contains("://") {
+        return "(hidden)".to_owned();
+    }
     let mut short: String = raw.chars().take(60).collect();
     if short.len() < raw.len() {
         short.push('…');

@@ -159,6 +159,7 @@ impl System {
 
         progress("auth-service");
         let mut vars = inherited();
+        let given = vars.get("ADMIN_TOKENS").map(|entries| format!("{entries},")).unwrap_or_default();
         let own = [
             ("DATABASE_URL", database_url.expose_secret().to_owned()),
             ("KAFKA_BROKERS", brokers.clone()),
@@ -168,7 +169,7 @@ impl System {
             ("PORT", wanted.http_port.to_string()),
             ("GRPC_PORT", wanted.grpc_port.to_string()),
             ("ADMIN_PORT", wanted.admin_port.to_string()),
-            ("ADMIN_TOKENS", admin.entry),
+            ("ADMIN_TOKENS", given + &admin.entry),
         ];
         vars.extend(own.map(|(name, value)| (name.to_owned(), value)));
         let defaults = [

@@ -35,7 +35,9 @@ async fn a_message_that_makes_no_sense_is_kept_and_the_partition_goes_on() {
     let key = id.as_str();
     let unknown_saga = Uuid::now_v7().to_string();
     type Bad<'a> = (&'a [(&'a str, &'a str)], &'a [u8], &'a str, &'a str);
-    let bad: [Bad<'_>; 12] = [
+    let bad: [Bad<'_>; 14] = [
+        (&[("x-trace", "a\0b")], b"not json either", "not JSON", "rejected"),
+        (&[("saga-id", "a\0b"), ("ce_id", "c\0d")], br#"{"id":2}"#, "not a saga id", "rejected"),
         (&[], b"not json", "not JSON", "rejected"),
         (&[], b"\xff\xfe\x00", "not JSON", "rejected"),
         (&[], b"", "no value", "rejected"),
@@ -66,7 +68,7 @@ async fn a_message_that_makes_no_sense_is_kept_and_the_partition_goes_on() {
         .unwrap();
         assert!(kept, "the bytes of {detail:?} are kept");
     }
-    assert_eq!(service.count("select count(*) from inbox").await, 13);
+    assert_eq!(service.count("select count(*) from inbox").await, 15);
     service.stop().await;
 }
 

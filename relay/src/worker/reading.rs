@@ -1,6 +1,6 @@
 //! From the outbox into the window.
 
-use std::time::Instant;
+use std::{collections::HashMap, time::Instant};
 
 use super::{KILLS_TO_PARK, Worker};
 use crate::{
@@ -39,13 +39,17 @@ impl Worker {
             held_keys: self.keys.names(),
         };
         let mut conn = self.pool.acquire().await?;
-        let mut rows = delivery::claim(&mut conn, &lanes, &low, &limits, &filter).await?;
+        let claimed = delivery::claim(&mut conn, &lanes, &low, &limits, &filter).await;
         drop(conn);
         if sweep {
+            // A sweep that failed for its length counts too, or there would be nothing but sweeps.
             self.marks.swept(Instant::now(), now.elapsed());
         }
+        let mut rows = claimed?;
         // A lane that gave as many rows as it might has more.
-        let full = rows.len() >= lanes.len().min(room) && !rows.is_empty();
+        let mut given: HashMap<i16, i64> = HashMap::new();
+        rows.iter().for_each(|row| *given.entry(row.lane).or_default() += 1);
+        let full = lanes.iter().zip(&limits).any(|(lane, limit)| given.get(lane).is_some_and(|rows| rows >= limit));
         self.claim_again_at = if full { now } else { now + self.settings.poll };
         if allowance == Allowance::Probe {
             rows.truncate(1);
@@ -91,7 +95,8 @@ impl Worker {
                     let reason = format!(
                         "the relay died {kills} times while this row alone was in flight; look at its payload and at the relay's last log lines before replaying it"
                     );
-                    self.unsendable.push((row, reason));
+                    let cause = ParkCause::Unsendable { row_id: row.id, reason };
+                    self.unsendable.push((row, cause));
                 }
                 Some(_) => cleared.push(row),
                 None => {}
@@ -114,7 +119,8 @@ impl Worker {
                         "sequence gap: message {} of this key came before message {expected} was out; a row was removed from the outbox by hand, or written without the library",
                         row.seq
                     );
-                    self.unsendable.push((row, reason));
+                    let cause = ParkCause::Gap { row_id: row.id, reason };
+                    self.unsendable.push((row, cause));
                 }
             }
         }

@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use tokio::time::timeout_at;
 
-use super::{COLLECT, Worker};
+use super::{COLLECT, REFUSALS_TO_PARK, Worker};
 use crate::{
     breaker::Allowance,
-    delivery::SentRow,
+    delivery::{ParkCause, SentRow},
     fault::Fault,
     lanes::Trusted,
     publisher::{Failure, NotEnqueued, Publisher, Report},
@@ -24,7 +24,11 @@ impl Worker {
                     self.window.put_back(row_id);
                     return;
                 }
-                Err(NotEnqueued::Failed(failure)) => self.failed(row_id, failure),
+                Err(NotEnqueued::Failed(failure)) => {
+                    // The client has looked at this one message.
+                    self.refusals.insert(row_id, REFUSALS_TO_PARK);
+                    self.failed(row_id, failure);
+                }
             }
         }
     }
@@ -33,7 +37,7 @@ impl Worker {
     pub(super) async fn collect_reports(&mut self, trusted: &Trusted, winding_down: bool) {
         let until = (Instant::now() + COLLECT).min(trusted.until);
         let (mut delivered, mut failed) = (0u64, 0u64);
-        while self.window.in_flight() > 0 && self.sent.len() < self.settings.batch / 2 {
+        while self.window.in_flight() > 0 && self.sent.len() < (self.settings.batch / 2).max(1) {
             let report = match self.publisher.report_now() {
                 Some(report) => report,
                 None => match timeout_at(until.into(), self.publisher.report()).await {
@@ -69,8 +73,13 @@ impl Worker {
                 let row = self.window.acknowledged(report.row_id)?;
                 let dwell = (chrono::Utc::now() - row.created_at).as_seconds_f64();
                 metrics::histogram!("outbox_dwell_seconds").record(dwell.max(0.0));
-                self.keys.release(&row.key);
-                self.topics.release(&row.topic);
+                if !self.refusals.is_empty() {
+                    self.refusals.remove(&row.id);
+                }
+                if self.keys.release(&row.key) | self.topics.release(&row.topic) {
+                    // What was passed over meanwhile may lie below the marks.
+                    self.marks.reset(Instant::now());
+                }
                 self.sent.push(SentRow {
                     id: row.id,
                     lane: row.lane,
@@ -94,9 +103,17 @@ impl Worker {
         metrics::counter!("outbox_publish_errors_total", "fault" => failure.fault.as_str()).increment(1);
         let now = Instant::now();
         self.window.evict(&row.key);
+        self.survived.insert(row.lane);
         self.marks.reset(now);
         match failure.fault {
-            Fault::Message => self.unsendable.push((row, failure.reason)),
+            Fault::Message if self.refused_again(row.id) < REFUSALS_TO_PARK => {
+                self.keys.hold(&row.key, now);
+            }
+            Fault::Message => {
+                self.refusals.remove(&row.id);
+                let cause = ParkCause::Unsendable { row_id: row.id, reason: failure.reason };
+                self.unsendable.push((row, cause));
+            }
             Fault::Topic => {
                 if self.topics.hold(&row.topic, now) {
                     tracing::warn!(
@@ -113,6 +130,12 @@ impl Worker {
             }
             Fault::Producer => self.replace_producer(&failure.reason),
         }
+    }
+
+    fn refused_again(&mut self, row_id: i64) -> u8 {
+        let refusals = self.refusals.entry(row_id).or_default();
+        *refusals = refusals.saturating_add(1);
+        *refusals
     }
 
     fn replace_producer(&mut self, reason: &str) {

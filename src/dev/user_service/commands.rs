@@ -61,6 +61,9 @@ impl Command {
     pub fn read(topic: &str, headers: &BTreeMap<String, String>, payload: Option<&[u8]>) -> Result<Self, String> {
         let body: Body = serde_json::from_slice(payload.unwrap_or_default())
             .map_err(|error| format!("the value is not the JSON of a command: {error}"))?;
+        if [&body.username, &body.email].into_iter().any(|text| text.contains('\0')) {
+            return Err("the username or e-mail has a NUL in it, which no database holds".to_owned());
+        }
         let saga_id = match headers.get("saga-id") {
             Some(text) => text.parse().map_err(|_| "the saga-id header is no UUID".to_owned())?,
             None => body.saga_id.ok_or("neither a saga-id header nor a sagaId names the saga")?,

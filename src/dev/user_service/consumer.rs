@@ -40,7 +40,7 @@ pub(super) struct CommandConsumer {
 /// Why a command is still unanswered. It is tried again.
 #[derive(Debug, thiserror::Error)]
 enum Unanswered {
-    #[error("the database is away: {0}")]
+    #[error("the database failed: {0}")]
     Database(#[from] sqlx::Error),
     #[error("the answer could not be sent: {0}")]
     Kafka(#[from] KafkaError),
