@@ -125,7 +125,7 @@ impl<F: Flows> Orchestrator<F> {
                 let event = Event::Overdue { recourse };
                 let handled = self.take_in(conn, saga_id, &event, EventSource::of("deadlines")).await?;
                 let asking = handled == Some(Handled::Moved(Status::Resolving));
-                Ok::<_, SagaError>(asking.then_some(saga))
+                Ok::<_, SagaError>(if asking { store::find(conn, saga_id).await? } else { None })
             })
             .await?;
         let Some(saga) = asked else { return Ok(()) };
@@ -149,8 +149,14 @@ impl<F: Flows> Orchestrator<F> {
             answer => answer,
         };
         self.committed(pool, async |conn| {
-            self.take_in(conn, saga_id, &Event::Settled(answer), EventSource::of("back-check")).await?;
-            self.take_up_deferred(conn, saga_id).await
+            // Something has happened since: somebody else took this asker for dead and asks anew. An
+            // outcome that late must not settle their question.
+            let still_ours = store::lock(conn, saga_id).await?.is_some_and(|now| now.revision == saga.revision);
+            if still_ours {
+                self.take_in(conn, saga_id, &Event::Settled(answer), EventSource::of("back-check")).await?;
+                self.take_up_deferred(conn, saga_id).await?;
+            }
+            Ok(())
         })
         .await
     }
