@@ -25,18 +25,18 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use axum_server::Handle;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tower_http::{catch_panic::CatchPanicLayer, set_header::SetResponseHeaderLayer};
 
-use crate::{app::App, http::context};
+use crate::{
+    app::App,
+    http::{context, serve_router},
+};
 use error::AdminError;
 
-/// A connection on which no complete request head comes is closed after this.
-const HEAD_DEADLINE: Duration = Duration::from_secs(10);
 /// Requests under way when a stop begins have this long to finish.
 const FINISH_DEADLINE: Duration = Duration::from_secs(10);
 /// A reason and a filter.
@@ -75,22 +75,7 @@ pub fn router(app: App) -> Router {
 
 /// Serves until `stop`, then finishes what is under way.
 pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> io::Result<()> {
-    let handle = Handle::new();
-    let mut server = axum_server::from_tcp(listener.into_std()?)?
-        .handle(handle.clone())
-        .first_request_timeout(HEAD_DEADLINE)
-        .accept_error_handler(|_, error| tracing::warn!(%error, "an operator's connection could not be accepted"));
-    server.http_builder().http1().header_read_timeout(HEAD_DEADLINE);
-    let stopping = async {
-        stop.cancelled().await;
-        handle.graceful_shutdown(Some(FINISH_DEADLINE));
-        // The server's own future ends when all is finished.
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        served = server.serve(router(app).into_make_service()) => served,
-        () = stopping => Ok(()),
-    }
+    serve_router(listener, router(app), FINISH_DEADLINE, stop).await
 }
 
 /// A success, in the shape REST has.

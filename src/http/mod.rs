@@ -74,6 +74,17 @@ pub fn router(app: App) -> Router {
 
 /// Serves until `stop`, then finishes what is under way.
 pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> io::Result<()> {
+    serve_router(listener, router(app), FINISH_DEADLINE, stop).await
+}
+
+/// The accept loop of REST and of the operators' port. Requests under way when `stop` comes have
+/// `finish` to end.
+pub(crate) async fn serve_router(
+    listener: TcpListener,
+    router: Router,
+    finish: Duration,
+    stop: CancellationToken,
+) -> io::Result<()> {
     let handle = Handle::new();
     let mut server = axum_server::from_tcp(listener.into_std()?)?
         .handle(handle.clone())
@@ -82,12 +93,12 @@ pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> 
     server.http_builder().http1().header_read_timeout(IDLE_DEADLINE);
     let stopping = async {
         stop.cancelled().await;
-        handle.graceful_shutdown(Some(FINISH_DEADLINE));
+        handle.graceful_shutdown(Some(finish));
         // The server's own future ends when all is finished.
         std::future::pending::<()>().await;
     };
     tokio::select! {
-        served = server.serve(router(app).into_make_service()) => served,
+        served = server.serve(router.into_make_service()) => served,
         () = stopping => Ok(()),
     }
 }
