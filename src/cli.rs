@@ -178,6 +178,8 @@ fn from_environment<T>(read: impl FnOnce(BTreeMap<String, String>) -> Result<T, 
 async fn serve(roles: Vec<Role>) -> Result<ExitCode, Failure> {
     let config = configuration()?;
     let metrics = telemetry::init(config.log_format, &config.log_filter)?;
+    #[cfg(feature = "dev")]
+    outbox_relay::fault_points::arm();
     let roles: BTreeSet<Role> = if roles.is_empty() { Role::ALL.into() } else { roles.into_iter().collect() };
     let drain = config.shutdown_drain;
     let running = app::start(config, &roles, metrics).await?;

@@ -10,7 +10,7 @@ use std::{
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use crate::{delivery::LaneTerm, message::LANES};
+use crate::{delivery::LaneTerm, fault_points, message::LANES};
 
 /// This process's view of its lanes, shared by the lease keeper and the workers.
 #[derive(Debug, Clone, Default)]
@@ -168,6 +168,9 @@ impl LeaseKeeper {
         let paused: bool =
             sqlx::query_scalar("select paused_at is not null from outbox_control").fetch_one(&mut *tx).await?;
         tx.commit().await?;
+        if !lanes.is_empty() {
+            fault_points::reached("relay::lanes_taken");
+        }
 
         let trusted_until = asked_at + self.lease - self.lease / 5;
         let mut held = self.ownership.held();

@@ -39,12 +39,14 @@
 //! - `fault`, `breaker`, `holds`, `low_marks`: small pure decisions.
 //! - [`archive`], [`replay()`], [`admin`]: for those who operate.
 //! - [`inbox`]: the receiving side.
+//! - [`fault_points`]: where the fault suite strikes.
 
 pub mod admin;
 pub mod archive;
 mod breaker;
 mod delivery;
 mod fault;
+pub mod fault_points;
 mod holds;
 pub mod inbox;
 mod lanes;

@@ -18,6 +18,7 @@ use uuid::Uuid;
 use crate::{
     breaker::{Allowance, Breaker},
     delivery::{self, LaneTerm, ParkCause, PendingRow, SentRow},
+    fault_points,
     holds::Holds,
     lanes::{Ownership, Trusted},
     low_marks::LowMarks,
@@ -263,6 +264,7 @@ impl Worker {
         let terms: Vec<LaneTerm> = lanes.iter().filter_map(|&lane| trusted.term(lane)).collect();
         let mut conn = self.pool.acquire().await?;
         let archived = delivery::finish(&mut conn, trusted.relay_id, &terms, &self.sent).await?;
+        fault_points::reached("relay::archived");
         if archived.len() < self.sent.len() {
             let fenced = self.sent.len() - archived.len();
             tracing::warn!(

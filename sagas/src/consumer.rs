@@ -6,6 +6,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use outbox_relay::fault_points;
 use rdkafka::{
     ClientConfig, ClientContext, Message,
     config::RDKafkaLogLevel,
@@ -125,13 +126,16 @@ impl<F: Flows> Orchestrator<F> {
                         }
                     };
                     let received = self.received(&message, id);
+                    fault_points::reached("sagas::received");
                     if !self.handle(pool, &received, shutdown).await {
                         break Ok(());
                     }
+                    fault_points::reached("sagas::committed");
                     if let Err(error) = consumer.store_offset_from_message(&message) {
                         // The partition has moved to another replica, who reads the message again.
                         tracing::debug!(%error, "offset not stored");
                     }
+                    fault_points::reached("sagas::offset_stored");
                 }
             }
         };

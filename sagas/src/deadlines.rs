@@ -7,7 +7,7 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use outbox_relay::{Publication, publications};
+use outbox_relay::{Publication, fault_points, publications};
 use sqlx::PgPool;
 use tokio::{task::JoinSet, time::sleep};
 use tokio_util::sync::CancellationToken;
@@ -130,6 +130,7 @@ impl<F: Flows> Orchestrator<F> {
             .await?;
         let Some(saga) = asked else { return Ok(()) };
         debug_assert_eq!(recourse, Recourse::Ask);
+        fault_points::reached("sagas::resolving");
 
         let settings = &self.inner.settings;
         let asking = {
@@ -148,6 +149,7 @@ impl<F: Flows> Orchestrator<F> {
             }
             answer => answer,
         };
+        fault_points::reached("sagas::asked");
         self.committed(pool, async |conn| {
             // Something has happened since: somebody else took this asker for dead and asks anew. An
             // outcome that late must not settle their question.

@@ -1,6 +1,9 @@
 //! Taking replies in. One message, one transaction: inbox, saga, log, effects.
 
-use outbox_relay::inbox::{self, Bytes, Incoming, Outcome};
+use outbox_relay::{
+    fault_points,
+    inbox::{self, Bytes, Incoming, Outcome},
+};
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
@@ -41,8 +44,10 @@ impl<F: Flows> Orchestrator<F> {
                 if !inbox::insert(conn, incoming).await? {
                     return Ok::<_, SagaError>(Outcome::Duplicate);
                 }
+                fault_points::reached("sagas::in_inbox");
                 let conclusion = self.apply(conn, message, &message_key).await?;
                 self.conclude(conn, &message_key, &conclusion, &bytes_of(message)).await?;
+                fault_points::reached("sagas::decided");
                 Ok(conclusion.outcome)
             })
             .await?;

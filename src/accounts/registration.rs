@@ -1,5 +1,6 @@
 use std::{error::Error, time::Duration};
 
+use outbox_relay::fault_points;
 use saga_orchestrator::{NewSaga, SagaError, flows::create_user, store};
 use secrecy::SecretString;
 use sqlx::Acquire;
@@ -216,8 +217,12 @@ async fn write(
         return Err(away());
     };
     let (tx, registered, transaction) = prepared?;
+    fault_points::reached("registration::prepared");
     let doubt = match timeout(COMMIT_PATIENCE, tx.commit()).await {
-        Ok(Ok(())) => return Ok(registered),
+        Ok(Ok(())) => {
+            fault_points::reached("registration::committed");
+            return Ok(registered);
+        }
         Ok(Err(error)) if !db::leaves_doubt(&error) => return Err(error.into()),
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no answer in time".to_owned(),

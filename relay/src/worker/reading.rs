@@ -6,6 +6,7 @@ use super::{KILLS_TO_PARK, Worker};
 use crate::{
     breaker::Allowance,
     delivery::{self, ClaimFilter, ParkCause, PendingRow},
+    fault_points,
     lanes::Trusted,
     window::Refusal,
 };
@@ -55,6 +56,9 @@ impl Worker {
             rows.truncate(1);
         } else {
             rows.iter().for_each(|row| self.marks.read_up_to(row.lane, row.id));
+        }
+        if !rows.is_empty() {
+            fault_points::reached("relay::claimed");
         }
         let rows = self.charge_suspects(trusted, rows).await?;
         let refused = self.window.admit(rows);

@@ -9,6 +9,7 @@ use crate::{
     breaker::Allowance,
     delivery::{ParkCause, SentRow},
     fault::Fault,
+    fault_points,
     lanes::Trusted,
     publisher::{Failure, NotEnqueued, Publisher, Report},
     relay::jitter,
@@ -18,7 +19,9 @@ impl Worker {
     pub(super) fn send_ready(&mut self) {
         while let Some(row) = self.window.next_to_send() {
             let row_id = row.id;
-            match self.publisher.enqueue(row) {
+            let enqueued = self.publisher.enqueue(row);
+            fault_points::reached_with("relay::enqueued", &row.key);
+            match enqueued {
                 Ok(()) => {}
                 Err(NotEnqueued::QueueFull) => {
                     self.window.put_back(row_id);
@@ -71,6 +74,7 @@ impl Worker {
         match report.result {
             Ok(place) => {
                 let row = self.window.acknowledged(report.row_id)?;
+                fault_points::reached("relay::acknowledged");
                 let dwell = (chrono::Utc::now() - row.created_at).as_seconds_f64();
                 metrics::histogram!("outbox_dwell_seconds").record(dwell.max(0.0));
                 if !self.refusals.is_empty() {

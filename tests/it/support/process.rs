@@ -54,7 +54,14 @@ pub fn production_vars(database: &str, prefix: &str, more: &[(&str, &str)]) -> V
 impl Replica {
     /// Returns when it says that it is up.
     pub async fn serve(vars: &[(String, String)]) -> Self {
-        let mut child = command(&["serve"], vars).stderr(Stdio::piped()).spawn().expect("the binary runs");
+        let mut replica = Self::start(&["serve"], vars);
+        replica.http = eventually("a replica is up", || async { replica.address() }).await.expect("it serves REST");
+        replica
+    }
+
+    /// Returns at once.
+    pub fn start(arguments: &[&str], vars: &[(String, String)]) -> Self {
+        let mut child = command(arguments, vars).stderr(Stdio::piped()).spawn().expect("the binary runs");
         let mut lines = BufReader::new(child.stderr.take().expect("its log")).lines();
         let log = Arc::new(Mutex::new(vec![]));
         let kept = log.clone();
@@ -64,10 +71,17 @@ impl Replica {
             }
         });
         let _watcher = watcher(child.id().expect("it runs"));
-        let mut replica = Self { http: String::new(), child, log, _watcher };
-        let up = eventually("a replica is up", || async { replica.logged("is up").pop() }).await;
-        replica.http = format!("http://{}", up["http"].as_str().expect("its address"));
-        replica
+        Self { http: String::new(), child, log, _watcher }
+    }
+
+    /// Where it serves REST, once it is up; `Some(None)` for one that does not.
+    pub fn address(&self) -> Option<Option<String>> {
+        let up = self.logged("is up").pop()?;
+        Some(up["http"].as_str().map(|http| format!("http://{http}")))
+    }
+
+    pub fn pid(&self) -> Option<Pid> {
+        Some(Pid::from_raw(self.child.id()?.try_into().expect("a pid")))
     }
 
     /// Log lines whose message contains `text`.
@@ -85,9 +99,8 @@ impl Replica {
         self.signal(Signal::SIGTERM);
     }
 
-    fn signal(&self, signal: Signal) {
-        let pid = self.child.id().expect("it runs").try_into().expect("a pid");
-        kill(Pid::from_raw(pid), signal).expect("the signal");
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid().expect("it runs"), signal).expect("the signal");
     }
 
     pub async fn exit_code(&mut self) -> Option<i32> {

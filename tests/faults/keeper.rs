@@ -1,0 +1,134 @@
+//! Keeps one process of the service running, as an orchestrator does: what dies is started again.
+
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tokio::{sync::watch, time::sleep};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+
+use crate::support::process::Replica;
+
+/// What the process is to be.
+#[derive(Clone, Default)]
+pub struct Orders {
+    /// In logs' file names.
+    pub name: String,
+    /// Its roles; all of them when empty.
+    pub roles: &'static str,
+    pub vars: Vec<(String, String)>,
+    /// Armed fault points, as `FAILPOINTS` takes them.
+    pub fail: String,
+    /// In how many lives they are armed.
+    pub armed_lives: u32,
+}
+
+/// A process that is kept running.
+pub struct Keeper {
+    state: Arc<State>,
+    http: watch::Receiver<Option<String>>,
+    stop: CancellationToken,
+    keeping: AbortOnDropHandle<()>,
+}
+
+#[derive(Default)]
+struct State {
+    pid: Mutex<Option<Pid>>,
+    deaths: AtomicU32,
+}
+
+impl Keeper {
+    pub fn start(orders: Orders) -> Self {
+        let (publish, http) = watch::channel(None);
+        let (state, stop) = (Arc::new(State::default()), CancellationToken::new());
+        let keeping = tokio::spawn(keep(orders, state.clone(), publish, stop.clone()));
+        Self { state, http, stop, keeping: AbortOnDropHandle::new(keeping) }
+    }
+
+    /// Returns when the process is up.
+    pub async fn until_up(&self) {
+        self.http.clone().wait_for(Option::is_some).await.expect("kept");
+    }
+
+    /// Where it serves REST now. Empty before it is up, and for a process without REST.
+    pub fn http(&self) -> String {
+        self.http.borrow().clone().unwrap_or_default()
+    }
+
+    /// How often it ended without being told to for good.
+    pub fn deaths(&self) -> u32 {
+        self.state.deaths.load(Ordering::SeqCst)
+    }
+
+    /// Sends a signal to the process of now, if there is one.
+    pub fn signal(&self, signal: Signal) {
+        if let Some(pid) = *self.state.pid.lock().unwrap() {
+            let _ = kill(pid, signal);
+        }
+    }
+
+    /// Stops it for good, in good order.
+    pub async fn stop(self) {
+        self.stop.cancel();
+        let _ = tokio::time::timeout(Duration::from_secs(20), self.keeping).await;
+    }
+}
+
+async fn keep(
+    orders: Orders,
+    state: Arc<State>,
+    publish: watch::Sender<Option<String>>,
+    stop: CancellationToken,
+) {
+    let arguments = if orders.roles.is_empty() { vec!["serve"] } else { vec!["serve", "--role", orders.roles] };
+    for life in 0.. {
+        let mut vars = orders.vars.clone();
+        if life < orders.armed_lives {
+            vars.push(("FAILPOINTS".to_owned(), orders.fail.clone()));
+        }
+        let mut replica = Replica::start(&arguments, &vars);
+        *state.pid.lock().unwrap() = replica.pid();
+        loop {
+            tokio::select! {
+                _ = replica.exit_code() => break,
+                () = sleep(Duration::from_millis(20)) => {
+                    if publish.borrow().is_none() && let Some(address) = replica.address() {
+                        publish.send_replace(Some(address.unwrap_or_default()));
+                    }
+                }
+                () = stop.cancelled() => {
+                    // A process that is held by SIGSTOP would not hear it.
+                    replica.signal(Signal::SIGCONT);
+                    replica.terminate();
+                    let _ = tokio::time::timeout(Duration::from_secs(15), replica.exit_code()).await;
+                    break;
+                }
+            }
+        }
+        *state.pid.lock().unwrap() = None;
+        publish.send_replace(None);
+        write_log(&orders.name, life, &replica);
+        if stop.is_cancelled() {
+            return;
+        }
+        state.deaths.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// What the process said, for whoever looks into a failure.
+fn write_log(name: &str, life: u32, replica: &Replica) {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("faults");
+    let lines: Vec<String> = replica.logged("").iter().map(ToString::to_string).collect();
+    let _ = fs::create_dir_all(&folder);
+    let _ = fs::write(folder.join(format!("{name}-{life}.log")), lines.join("\n"));
+}

@@ -1,0 +1,123 @@
+//! An Apache Kafka node that may be harmed: its own process, its data kept over a restart, and every
+//! client behind a wire that breaks, because the address it tells them is the wire's.
+
+use std::{
+    path::Path,
+    process::Stdio,
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use rdkafka::{
+    ClientConfig,
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    client::DefaultClientContext,
+};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::{Child, Command},
+    sync::{Mutex, MutexGuard, OnceCell},
+};
+
+use crate::proxy::{Proxy, Wire};
+
+/// Started when the first scenario wants it; one scenario at a time has it.
+static NODE: OnceCell<Mutex<Node>> = OnceCell::const_new();
+
+/// The node, with its wire whole.
+pub async fn node() -> MutexGuard<'static, Node> {
+    let mut node = NODE.get_or_init(|| async { Mutex::new(Node::start().await) }).await.lock().await;
+    node.wire.set(Wire::Whole);
+    if node.process.is_none() {
+        node.up().await;
+    }
+    node
+}
+
+pub struct Node {
+    pub wire: Proxy,
+    data: tempfile::TempDir,
+    port: u16,
+    process: Option<(Child, Pid)>,
+}
+
+impl Node {
+    async fn start() -> Self {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|taken| taken.local_addr()).expect("a port");
+        let wire = Proxy::to(free.to_string()).await;
+        let mut node = Self { wire, data: tempfile::tempdir().expect("a folder"), port: free.port(), process: None };
+        node.up().await;
+        node
+    }
+
+    /// Where clients begin, on the other side of the wire.
+    pub fn brokers(&self) -> String {
+        format!("127.0.0.1:{}", self.wire.port)
+    }
+
+    /// Starts it on the data it had.
+    pub async fn up(&mut self) {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kafka/run");
+        let mut child = Command::new(script)
+            .args(["--data".as_ref(), self.data.path().as_os_str()])
+            .args(["--port", &self.port.to_string()])
+            .args(["--set", &format!("advertised.listeners=PLAINTEXT://{}", self.brokers())])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("tests/kafka/run");
+        let mut lines = BufReader::new(child.stdout.take().expect("its output")).lines();
+        let mut pid = None;
+        while let Some(line) = lines.next_line().await.expect("its output") {
+            if let Some(text) = line.strip_prefix("KAFKA_PID=") {
+                pid = text.parse().ok().map(Pid::from_raw);
+            }
+            if line.starts_with("KAFKA_BROKERS=") {
+                self.process = Some((child, pid.expect("its pid")));
+                return;
+            }
+        }
+        panic!("Apache Kafka did not start: run tests/kafka/run by hand to see why");
+    }
+
+    /// Kills it, as a power cut would.
+    pub async fn kill(&mut self) {
+        let Some((mut child, pid)) = self.process.take() else { return };
+        kill(pid, Signal::SIGKILL).expect("it runs");
+        let _ = child.wait().await;
+    }
+}
+
+/// An admin client with short patience.
+fn admin(brokers: &str) -> (AdminClient<DefaultClientContext>, AdminOptions) {
+    let client = ClientConfig::new().set("bootstrap.servers", brokers).create().expect("an admin client");
+    (client, AdminOptions::new().operation_timeout(Some(Duration::from_secs(20))))
+}
+
+/// Makes topics of four partitions.
+pub async fn create_topics(brokers: &str, names: &[String], settings: &[(&str, &str)]) {
+    let (client, options) = admin(brokers);
+    let topics: Vec<_> = names
+        .iter()
+        .map(|name| {
+            settings
+                .iter()
+                .fold(NewTopic::new(name, 4, TopicReplication::Fixed(1)), |topic, (key, value)| topic.set(key, value))
+        })
+        .collect();
+    for created in client.create_topics(&topics, &options).await.expect("topics") {
+        created.expect("a topic");
+    }
+}
+
+/// Takes topics away, with all that is in them.
+pub async fn delete_topics(brokers: &str, names: &[&str]) {
+    let (client, options) = admin(brokers);
+    for deleted in client.delete_topics(names, &options).await.expect("topics") {
+        deleted.expect("a topic");
+    }
+}

@@ -1,0 +1,143 @@
+//! Harm to the broker and to the way there.
+
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use super::{Scenario, scenario};
+use crate::{
+    checker::{Expected, Verdict, judge},
+    fleet::{Fleet, Wishes},
+    keeper::Keeper,
+    node::{self, Node},
+    proxy::Wire,
+    stage::Stage,
+};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+pub fn scenarios() -> Vec<Scenario> {
+    vec![
+        scenario!("the broker killed and started", "kill -9 under load, started on its data", killed).on_own_broker(),
+        scenario!("the broker falls silent", "connections stay, nothing passes", silent).on_own_broker(),
+        scenario!("the broker cut off, again and again", "every connection closed, new ones too", cut).on_own_broker(),
+        scenario!("connections reset in the middle of a batch", "half a request arrives", reset).on_own_broker(),
+        scenario!("a slow broker", "every packet late", slow).on_own_broker(),
+        scenario!("a topic that is not there yet", "the others go on; made later, it gets all", missing_topic),
+        scenario!("a topic deleted and made anew", "under load", deleted_topic),
+    ]
+}
+
+async fn start(stage: &Stage, node: &Node) -> (Fleet, Keeper) {
+    let fleet = Fleet::new(stage, Wishes { brokers: Some(node.brokers()), ..Wishes::default() }).await;
+    let all = fleet.all_roles().await;
+    (fleet, all)
+}
+
+async fn load(fleet: &Fleet, all: &Keeper, stage: &Stage, harm: impl Future<Output = ()>) {
+    fleet.load(&[all], stage.many(8), (8, stage.many(60)), harm).await;
+}
+
+async fn finish(fleet: Fleet, all: Keeper) -> Verdict {
+    fleet.settle(PATIENCE).await;
+    judge(fleet, vec![all], Expected::default()).await
+}
+
+async fn killed(mut stage: Stage) -> Verdict {
+    let mut node = node::node().await;
+    let (fleet, all) = start(&stage, &node).await;
+    let (before, length) = (stage.millis(0, 500), stage.seconds(2, 60));
+    fleet.disturbed();
+    load(&fleet, &all, &stage, async {
+        sleep(before).await;
+        node.kill().await;
+        sleep(length).await;
+        node.up().await;
+    })
+    .await;
+    finish(fleet, all).await
+}
+
+/// Longer than the client tries to deliver a message.
+async fn silent(mut stage: Stage) -> Verdict {
+    let node = node::node().await;
+    let (fleet, all) = start(&stage, &node).await;
+    let (before, length) = (stage.millis(0, 500), stage.seconds(14, 90));
+    (0..3).for_each(|_| fleet.disturbed());
+    load(&fleet, &all, &stage, async {
+        sleep(before).await;
+        node.wire.set_for(Wire::Silent, length).await;
+    })
+    .await;
+    finish(fleet, all).await
+}
+
+async fn cut(mut stage: Stage) -> Verdict {
+    let node = node::node().await;
+    let (fleet, all) = start(&stage, &node).await;
+    let cuts: Vec<_> = (0..stage.many(4)).map(|_| (stage.millis(50, 900), stage.millis(10, 1500))).collect();
+    cuts.iter().for_each(|_| fleet.disturbed());
+    load(&fleet, &all, &stage, async {
+        for (before, length) in cuts {
+            sleep(before).await;
+            node.wire.set_for(Wire::Cut, length).await;
+        }
+    })
+    .await;
+    finish(fleet, all).await
+}
+
+async fn reset(mut stage: Stage) -> Verdict {
+    let node = node::node().await;
+    let (fleet, all) = start(&stage, &node).await;
+    let resets: Vec<_> = (0..stage.many(5)).map(|_| (stage.roll(200, 20_000), stage.millis(300, 900))).collect();
+    resets.iter().for_each(|_| fleet.disturbed());
+    load(&fleet, &all, &stage, async {
+        for (bytes, length) in resets {
+            node.wire.set_for(Wire::ResetAfter(bytes), length).await;
+        }
+    })
+    .await;
+    finish(fleet, all).await
+}
+
+async fn slow(mut stage: Stage) -> Verdict {
+    let node = node::node().await;
+    let (fleet, all) = start(&stage, &node).await;
+    let (by, length) = (stage.millis(50, 400), stage.seconds(4, 60));
+    load(&fleet, &all, &stage, node.wire.set_for(Wire::Slow(by), length)).await;
+    finish(fleet, all).await
+}
+
+async fn missing_topic(stage: Stage) -> Verdict {
+    let fleet = Fleet::new(&stage, Wishes { without: &["load"], ..Wishes::default() }).await;
+    let all = fleet.all_roles().await;
+    fleet.load(&[&all], stage.many(6), (8, stage.many(10)), async {}).await;
+    // Registrations are through while the other topic's events wait.
+    fleet
+        .until_count("select count(*) from saga_state where status in ('running', 'resolving')", 0, PATIENCE)
+        .await;
+    let waiting = fleet.count("select count(*) from outbox").await;
+    assert_eq!(waiting as usize, 8 * stage.many(10), "the missing topic's events wait, and nothing else");
+    node::create_topics(&fleet.brokers, &[fleet.topic("load")], &[]).await;
+    finish(fleet, all).await
+}
+
+/// What was in the topic is gone with it, by whoever deleted it: the events of before are not looked
+/// for. Those that come after it was deleted are.
+async fn deleted_topic(mut stage: Stage) -> Verdict {
+    let fleet = Fleet::new(&stage, Wishes::default()).await;
+    let all = fleet.all_roles().await;
+    fleet.commit_events_of("before".to_owned(), stage.many(30), 100).await;
+    fleet.until_count("select count(*) from outbox", 0, PATIENCE).await;
+    fleet.forget_events().await;
+    node::delete_topics(&fleet.brokers, &[&fleet.topic("load")]).await;
+    let length = stage.millis(500, 4000);
+    fleet
+        .load(&[&all], stage.many(6), (8, stage.many(20)), async {
+            sleep(length).await;
+            node::create_topics(&fleet.brokers, &[fleet.topic("load")], &[]).await;
+        })
+        .await;
+    finish(fleet, all).await
+}

@@ -1,0 +1,177 @@
+//! Several relays: leases that run out, processes that stand still, hand-overs.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use tokio::time::sleep;
+
+use super::{Scenario, scenario};
+use crate::{
+    checker::{Expected, Verdict, judge},
+    fleet::{Fleet, Wishes},
+    keeper::Keeper,
+    stage::Stage,
+};
+
+pub fn scenarios() -> Vec<Scenario> {
+    vec![
+        scenario!("a relay frozen past its lease, thawed", "SIGSTOP, take-over, SIGCONT, twice", frozen),
+        scenario!("both relays frozen by turns", "each is thawed into the other's lanes", frozen_by_turns),
+        scenario!("a relay killed under load, again and again", "the other takes over", killed),
+        scenario!("hand-over under load", "SIGTERM to one of two, and a new one joins", handed_over),
+        scenario!("all replicas restarted in a row", "a rolling update of three", rolling),
+        scenario!("clocks apart", "two replicas an hour apart, both ways", clocks_apart),
+    ]
+}
+
+const EACH: usize = 8;
+
+/// Both hold lanes before anything is done to either.
+async fn pair(fleet: &Fleet) -> [Keeper; 2] {
+    let pair = [fleet.process("", "", 0), fleet.process("", "", 0)];
+    for keeper in &pair {
+        keeper.until_up().await;
+    }
+    fleet.until_count("select count(distinct owner) from outbox_lanes", 2, Duration::from_secs(20)).await;
+    pair
+}
+
+/// Load until it is told that the harm is done.
+async fn under_load(fleet: &Fleet, keepers: &[&Keeper], stage: &Stage, harm: impl Future<Output = ()>) {
+    fleet.load(keepers, stage.many(EACH), (12, stage.many(60)), harm).await;
+}
+
+async fn finish(fleet: Fleet, keepers: Vec<Keeper>) -> Verdict {
+    fleet.settle(Duration::from_secs(90)).await;
+    judge(fleet, keepers, Expected::default()).await
+}
+
+async fn freeze(fleet: &Fleet, keeper: &Keeper, length: Duration) {
+    fleet.disturbed();
+    keeper.signal(Signal::SIGSTOP);
+    sleep(length).await;
+    keeper.signal(Signal::SIGCONT);
+}
+
+async fn frozen(mut stage: Stage) -> Verdict {
+    let fleet = Fleet::new(&stage, Wishes::default()).await;
+    let [first, second] = pair(&fleet).await;
+    let (before, between) = (stage.millis(0, 800), stage.millis(500, 3000));
+    let length = stage.seconds(5, 40);
+    under_load(&fleet, &[&second], &stage, async {
+        sleep(before).await;
+        freeze(&fleet, &first, length).await;
+        sleep(between).await;
+        freeze(&fleet, &first, length).await;
+    })
+    .await;
+    finish(fleet, vec![first, second]).await
+}
+
+async fn frozen_by_turns(mut stage: Stage) -> Verdict {
+    let fleet = Fleet::new(&stage, Wishes::default()).await;
+    let pair = pair(&fleet).await;
+    let rests: Vec<Duration> = (0..3).map(|_| stage.millis(0, 1500)).collect();
+    let length = stage.seconds(4, 20);
+    under_load(&fleet, &[&pair[0], &pair[1]], &stage, async {
+        for (turn, rest) in rests.into_iter().enumerate() {
+            sleep(rest).await;
+            freeze(&fleet, &pair[turn % 2], length).await;
+        }
+    })
+    .await;
+    finish(fleet, pair.into()).await
+}
+
+async fn killed(mut stage: Stage) -> Verdict {
+    let fleet = Fleet::new(&stage, Wishes::default()).await;
+    let [first, second] = pair(&fleet).await;
+    let rests: Vec<Duration> = (0..stage.many(3)).map(|_| stage.millis(200, 3000)).collect();
+    under_load(&fleet, &[&second], &stage, async {
+        for rest in rests {
+            sleep(rest).await;
+            fleet.disturbed();
+            first.signal(Signal::SIGKILL);
+        }
+    })
+    .await;
+    finish(fleet, vec![first, second]).await
+}
+
+async fn handed_over(mut stage: Stage) -> Verdict {
+    let fleet = Fleet::new(&stage, Wishes::default()).await;
+    let [first, second] = pair(&fleet).await;
+    let rests: Vec<Duration> = (0..stage.many(3)).map(|_| stage.millis(200, 2500)).collect();
+    under_load(&fleet, &[&second], &stage, async {
+        for rest in rests {
+            sleep(rest).await;
+            first.signal(Signal::SIGTERM);
+        }
+    })
+    .await;
+    // In good order: not one copy.
+    finish(fleet, vec![first, second]).await
+}
+
+async fn rolling(mut stage: Stage) -> Verdict {
+    let fleet = Fleet::new(&stage, Wishes::default()).await;
+    let [first, second] = pair(&fleet).await;
+    let third = fleet.all_roles().await;
+    let all = [first, second, third];
+    let rest = stage.millis(300, 1500);
+    under_load(&fleet, &[&all[0], &all[1], &all[2]], &stage, async {
+        for one in &all {
+            let before = one.deaths();
+            one.signal(Signal::SIGTERM);
+            while one.deaths() == before || one.http().is_empty() {
+                sleep(Duration::from_millis(50)).await;
+            }
+            sleep(rest).await;
+        }
+    })
+    .await;
+    finish(fleet, all.into()).await
+}
+
+/// A library of ten lines stands before libc's clock in one of the two processes.
+async fn clocks_apart(mut stage: Stage) -> Verdict {
+    let shift = if stage.roll(0, 1) == 0 { 3600 } else { -3600 };
+    let fleet = Fleet::new(&stage, Wishes::default()).await;
+    let shifted = clock_shifter();
+    let preload = [("LD_PRELOAD".to_owned(), shifted), ("CLOCK_SHIFT_SECONDS".to_owned(), shift.to_string())];
+    let pair = [fleet.process("", "", 0), fleet.process_with("", &preload)];
+    for keeper in &pair {
+        keeper.until_up().await;
+    }
+    fleet.until_count("select count(distinct owner) from outbox_lanes", 2, Duration::from_secs(20)).await;
+    under_load(&fleet, &[&pair[0], &pair[1]], &stage, async {
+        sleep(Duration::from_secs(1)).await;
+        fleet.disturbed();
+        pair[0].signal(Signal::SIGKILL);
+    })
+    .await;
+    finish(fleet, pair.into()).await
+}
+
+/// Compiles it; a C compiler is needed to build the service too.
+fn clock_shifter() -> String {
+    const SOURCE: &str = r#"
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    long failed = syscall(SYS_clock_gettime, clock, now);
+    const char *shift = getenv("CLOCK_SHIFT_SECONDS");
+    if (!failed && clock == CLOCK_REALTIME && shift) now->tv_sec += atol(shift);
+    return failed;
+}
+"#;
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (source, library) = (folder.join("clock-shifter.c"), folder.join("clock-shifter.so"));
+    std::fs::write(&source, SOURCE).expect("the source");
+    let compiled = std::process::Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]).status();
+    assert!(compiled.expect("a C compiler").success());
+    library.to_str().expect("UTF-8").to_owned()
+}
