@@ -7,7 +7,7 @@ use std::{
 };
 
 use sqlx::postgres::PgPool;
-use tokio::time::sleep;
+use tokio::{sync::RwLock, time::sleep};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
@@ -41,13 +41,15 @@ pub struct Relay {
     pool: PgPool,
     wake: Wake,
     ownership: Ownership,
+    /// See [`Worker`].
+    trials: Arc<RwLock<()>>,
 }
 
 impl Relay {
     /// `pool` is the relay's own: a storm of logins must not starve it, nor it them. It holds one
     /// connection for listening, one per worker and one for the lease at the most.
     pub fn new(pool: PgPool, settings: RelaySettings, wake: Wake) -> Self {
-        Self { settings: Arc::new(settings), pool, wake, ownership: Ownership::default() }
+        Self { settings: Arc::new(settings), pool, wake, ownership: Ownership::default(), trials: Arc::default() }
     }
 
     /// Runs until `shutdown`, then waits for what is in flight (at most one lease), archives it and
@@ -116,6 +118,7 @@ async fn supervise(relay: Arc<Relay>, index: usize, shutdown: CancellationToken)
             relay.ownership.clone(),
             publisher,
             relay.wake.subscribe(),
+            relay.trials.clone(),
         );
         let Err(failure) = spawn(worker.run(shutdown.clone())).await else { continue };
         tracing::error!(worker = index, %failure, "relay worker died; its lanes are under suspicion");

@@ -11,7 +11,7 @@ use std::{
 };
 
 use sqlx::postgres::PgPool;
-use tokio::sync::watch;
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -67,6 +67,12 @@ pub(crate) struct Worker {
     keys: Holds,
     marks: LowMarks,
     claim_again_at: Instant,
+    /// Shared by the workers of a process: read by those who send, written by who has a row on trial.
+    trials: Arc<RwLock<()>>,
+    /// Held while the window has rows.
+    flying: Option<OwnedRwLockReadGuard<()>>,
+    /// Held while the window has the one row that is on trial.
+    on_trial: Option<OwnedRwLockWriteGuard<()>>,
 }
 
 /// What a step came to.
@@ -88,6 +94,7 @@ impl Worker {
         ownership: Ownership,
         publisher: Publisher,
         wake: watch::Receiver<()>,
+        trials: Arc<RwLock<()>>,
     ) -> Self {
         let now = Instant::now();
         Self {
@@ -109,6 +116,9 @@ impl Worker {
             keys: Holds::default(),
             marks: LowMarks::new(now),
             claim_again_at: now,
+            trials,
+            flying: None,
+            on_trial: None,
         }
     }
 
@@ -183,6 +193,9 @@ impl Worker {
         self.archive(&trusted).await?;
         self.park_unsendable(&trusted).await?;
         self.hand_over_drained(&trusted).await?;
+        if self.window.len() == 0 {
+            (self.flying, self.on_trial) = (None, None);
+        }
         Ok(self.outcome(trusted.paused))
     }
 
@@ -218,6 +231,7 @@ impl Worker {
         self.sent.clear();
         self.unsendable.clear();
         self.terms.clear();
+        (self.flying, self.on_trial) = (None, None);
         self.marks.reset(Instant::now());
         self.claim_again_at = Instant::now();
     }

@@ -79,9 +79,10 @@ impl fmt::Display for Verdict {
 /// Judges a fleet that is at rest, and ends it.
 pub async fn judge(fleet: Fleet, keepers: Vec<Keeper>, expected: Expected) -> Verdict {
     let mut verdict = Verdict { allowed: fleet.allowed.load(Ordering::Relaxed), ..Verdict::default() };
-    for keeper in keepers {
+    for mut keeper in keepers {
         verdict.deaths += u64::from(keeper.deaths());
         keeper.stop().await;
+        verdict.allowed += keeper.given_up();
     }
     let topics = ["user.create", "user.delete", "load"].map(|name| fleet.topic(name));
     let seen = kafka::read_all(&fleet.brokers, &topics).await;

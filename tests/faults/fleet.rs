@@ -220,7 +220,7 @@ impl Fleet {
 
     pub async fn register_one(&self, keepers: &[&Keeper], n: usize, refused: bool) {
         let kind = if refused { "refuse" } else { "user" };
-        let username = format!("{kind}{}", Uuid::new_v4().simple());
+        let username = format!("{kind}{}", &Uuid::new_v4().simple().to_string()[..20]);
         for attempt in n.. {
             let http = keepers[attempt % keepers.len()].http();
             let request = self.client.post(format!("{http}/auth/register")).header("idempotency-key", &username);

@@ -5,7 +5,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -45,6 +45,8 @@ pub struct Keeper {
 struct State {
     pid: Mutex<Option<Pid>>,
     deaths: AtomicU32,
+    /// Rows that were in flight when it lost its lease.
+    given_up: AtomicU64,
 }
 
 impl Keeper {
@@ -70,6 +72,11 @@ impl Keeper {
         self.state.deaths.load(Ordering::SeqCst)
     }
 
+    /// Rows it gave up because its lease was not renewed in time, over all lives that have ended.
+    pub fn given_up(&self) -> u64 {
+        self.state.given_up.load(Ordering::SeqCst)
+    }
+
     /// Sends a signal to the process of now, if there is one.
     pub fn signal(&self, signal: Signal) {
         if let Some(pid) = *self.state.pid.lock().unwrap() {
@@ -78,9 +85,9 @@ impl Keeper {
     }
 
     /// Stops it for good, in good order.
-    pub async fn stop(self) {
+    pub async fn stop(&mut self) {
         self.stop.cancel();
-        let _ = tokio::time::timeout(Duration::from_secs(20), self.keeping).await;
+        let _ = tokio::time::timeout(Duration::from_secs(20), &mut self.keeping).await;
     }
 }
 
@@ -117,6 +124,9 @@ async fn keep(
         }
         *state.pid.lock().unwrap() = None;
         publish.send_replace(None);
+        let given_up = replica.logged("giving up what is in flight");
+        let rows = given_up.iter().filter_map(|line| line["rows"].as_u64()).sum();
+        state.given_up.fetch_add(rows, Ordering::SeqCst);
         write_log(&orders.name, life, &replica);
         if stop.is_cancelled() {
             return;

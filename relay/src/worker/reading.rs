@@ -2,6 +2,8 @@
 
 use std::{collections::HashMap, time::Instant};
 
+use tokio::time::timeout_at;
+
 use super::{KILLS_TO_PARK, Worker};
 use crate::{
     breaker::Allowance,
@@ -60,9 +62,39 @@ impl Worker {
         if !rows.is_empty() {
             fault_points::reached("relay::claimed");
         }
-        let rows = self.charge_suspects(trusted, rows).await?;
+        let rows = match self.trial_of_first(trusted, &mut rows).await? {
+            Some(on_trial) => on_trial,
+            None if rows.is_empty() => return Ok(()),
+            None if self.may_fly(trusted).await => rows,
+            None => {
+                self.look_again();
+                return Ok(());
+            }
+        };
         let refused = self.window.admit(rows);
         self.refuse(trusted, refused).await
+    }
+
+    /// Whether no other worker of this process has a row on trial, or waits to have one. Asked anew for
+    /// every batch: who waits for a trial waits until what is in flight has landed, and no longer.
+    async fn may_fly(&mut self, trusted: &Trusted) -> bool {
+        let trials = self.trials.clone();
+        self.flying = if self.window.len() == 0 {
+            self.flying = None;
+            timeout_at(trusted.until.into(), trials.read_owned()).await.ok()
+        } else {
+            match trials.try_read_owned() {
+                Ok(flying) => Some(flying),
+                Err(_) => return false,
+            }
+        };
+        self.flying.is_some()
+    }
+
+    /// Rows that were read are left where they are for now.
+    fn look_again(&mut self) {
+        self.marks.reset(Instant::now());
+        self.claim_again_at = Instant::now();
     }
 
     /// How many rows may be read of each lane: an equal part of the room, and of a suspected lane no
@@ -79,34 +111,40 @@ impl Worker {
             .unzip()
     }
 
-    /// In a lane that is down to one row at a time, that row is written down before it is sent, and
-    /// parked when it has been the last thing two relays did.
-    async fn charge_suspects(
+    /// A row of a lane that is down to one row at a time is on trial: it is written down and sent with
+    /// nothing else of this process in flight, of any lane, or a death would be charged to rows that
+    /// merely flew at the same time. One that was the last thing two relays did is parked.
+    ///
+    /// `None` when no row is from such a lane; else what may be sent now, which may be nothing yet.
+    async fn trial_of_first(
         &mut self,
         trusted: &Trusted,
-        rows: Vec<PendingRow>,
-    ) -> Result<Vec<PendingRow>, sqlx::Error> {
-        let mut cleared = Vec::with_capacity(rows.len());
-        for row in rows {
-            let alone = trusted.lanes.get(&row.lane).is_some_and(|held| held.limit == Some(1));
-            let Some(lane) = trusted.term(row.lane).filter(|_| alone) else {
-                cleared.push(row);
-                continue;
-            };
-            let mut conn = self.pool.acquire().await?;
-            match delivery::suspect(&mut conn, trusted.relay_id, lane, row.id).await? {
-                Some(kills) if kills >= KILLS_TO_PARK => {
-                    let reason = format!(
-                        "the relay died {kills} times while this row alone was in flight; look at its payload and at the relay's last log lines before replaying it"
-                    );
-                    let cause = ParkCause::Unsendable { row_id: row.id, reason };
-                    self.unsendable.push((row, cause));
-                }
-                Some(_) => cleared.push(row),
-                None => {}
+        rows: &mut Vec<PendingRow>,
+    ) -> Result<Option<Vec<PendingRow>>, sqlx::Error> {
+        let down_to_one = |row: &PendingRow| trusted.lanes.get(&row.lane).is_some_and(|held| held.limit == Some(1));
+        let Some(first) = rows.iter().position(down_to_one) else { return Ok(None) };
+        let row = rows.swap_remove(first);
+        self.look_again();
+        let Some(lane) = trusted.term(row.lane).filter(|_| self.window.len() == 0) else { return Ok(Some(vec![])) };
+        self.flying = None;
+        let alone = timeout_at(trusted.until.into(), self.trials.clone().write_owned()).await;
+        let Ok(alone) = alone else { return Ok(Some(vec![])) };
+        let mut conn = self.pool.acquire().await?;
+        match delivery::suspect(&mut conn, trusted.relay_id, lane, row.id).await? {
+            Some(kills) if kills >= KILLS_TO_PARK => {
+                let reason = format!(
+                    "the relay died {kills} times while this row alone was in flight; look at its payload and at the relay's last log lines before replaying it"
+                );
+                let cause = ParkCause::Unsendable { row_id: row.id, reason };
+                self.unsendable.push((row, cause));
+                Ok(Some(vec![]))
             }
+            Some(_) => {
+                self.on_trial = Some(alone);
+                Ok(Some(vec![row]))
+            }
+            None => Ok(Some(vec![])),
         }
-        Ok(cleared)
     }
 
     async fn refuse(&mut self, trusted: &Trusted, refused: Vec<(PendingRow, Refusal)>) -> Result<(), sqlx::Error> {

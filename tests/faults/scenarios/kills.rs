@@ -36,16 +36,18 @@ async fn whole_process(mut stage: Stage) -> Verdict {
     let fleet = Fleet::new(&stage, Wishes::default()).await;
     let all = fleet.process("", &armed(&mut stage, 3), LIVES);
     fleet.load(&[&all], stage.many(12), (6, stage.many(10)), async {}).await;
-    finish(fleet, vec![all], LIVES).await
+    finish(fleet, vec![all], 1).await
 }
 
 async fn relay(mut stage: Stage) -> Verdict {
     let fleet = Fleet::new(&stage, Wishes::default()).await;
     let rest = fleet.process("http,sagas", "", 0);
-    let relay = fleet.process("relay", &armed(&mut stage, 6), LIVES);
+    // Lanes are looked at twice a second; the other places are passed with every row.
+    let most = if stage.name.ends_with("lanes_taken") { 1 } else { 6 };
+    let relay = fleet.process("relay", &armed(&mut stage, most), LIVES);
     rest.until_up().await;
     fleet.load(&[&rest], stage.many(6), (6, stage.many(20)), async {}).await;
-    finish(fleet, vec![relay, rest], LIVES).await
+    finish(fleet, vec![relay, rest], 1).await
 }
 
 async fn consumer(mut stage: Stage) -> Verdict {
@@ -90,7 +92,7 @@ async fn finish(fleet: Fleet, keepers: Vec<crate::keeper::Keeper>, least_deaths:
     let deaths = keepers[0].deaths();
     let mut verdict = judge(fleet, keepers, Expected::default()).await;
     if deaths < least_deaths {
-        verdict.findings.push(format!("the place was reached in {deaths} lives of {least_deaths}: nothing was proven"));
+        verdict.findings.push("the place was never reached: nothing was proven".to_owned());
     }
     verdict
 }
