@@ -177,11 +177,10 @@ impl<F: Flows> Orchestrator<F> {
             (Some(subject), ..) if *subject != saga.subject => {
                 Some(format!("it speaks of user {subject}, the saga it names is about user {}", saga.subject))
             }
-            (_, Some(correlation_id), _)
-                if *correlation_id != saga.correlation_id
-                    && store::by_correlation(conn, correlation_id).await?.is_some() =>
-            {
-                Some("its correlation id belongs to another saga than its saga id".to_owned())
+            (_, Some(correlation_id), _) if *correlation_id != saga.correlation_id => {
+                let known = store::by_correlation(conn, correlation_id).await?.is_some();
+                let whose = if known { "belongs to another saga" } else { "is unknown" };
+                Some(format!("its saga id and its correlation id disagree: the correlation id {correlation_id:?} {whose}"))
             }
             _ => None,
         };

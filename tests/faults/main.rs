@@ -84,6 +84,11 @@ async fn main() -> ExitCode {
         chosen.iter().for_each(|scenario| println!("{:<44} {}", scenario.name, scenario.about));
         return ExitCode::SUCCESS;
     }
+    let there = |program: &str| std::process::Command::new(program).arg("-version").output().is_ok();
+    if !there("java") || !there("mvn") {
+        eprintln!("the fault suite needs real Apache Kafka: install Java 17 or newer and Maven (tests/kafka/run --help)");
+        return ExitCode::from(2);
+    }
     if chosen.is_empty() {
         eprintln!("no scenario has such a name; --list names them");
         return ExitCode::from(2);

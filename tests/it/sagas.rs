@@ -35,7 +35,7 @@ async fn a_message_that_makes_no_sense_is_kept_and_the_partition_goes_on() {
     let key = id.as_str();
     let unknown_saga = Uuid::now_v7().to_string();
     type Bad<'a> = (&'a [(&'a str, &'a str)], &'a [u8], &'a str, &'a str);
-    let bad: [Bad<'_>; 14] = [
+    let bad: [Bad<'_>; 15] = [
         (&[("x-trace", "a\0b")], b"not json either", "not JSON", "rejected"),
         (&[("saga-id", "a\0b"), ("ce_id", "c\0d")], br#"{"id":2}"#, "not a saga id", "rejected"),
         (&[], b"not json", "not JSON", "rejected"),
@@ -49,6 +49,12 @@ async fn a_message_that_makes_no_sense_is_kept_and_the_partition_goes_on() {
         (&[("saga-id", &unknown_saga)], br#"{"id":1}"#, "there is no saga", "unknown"),
         (&[("correlationId", "never-heard-of")], br#"{"id":1}"#, "no saga has the correlation id", "unknown"),
         (&[], br#"{"id":999999}"#, "no open saga is about user 999999", "unknown"),
+        (
+            &[("saga-id", &saga_id), ("correlationId", "not of this saga")],
+            br#"{"x":1}"#,
+            "its saga id and its correlation id disagree",
+            "unexpected",
+        ),
         (&[("saga-id", &saga_id)], br#"{"id":999998}"#, "it speaks of user 999998", "unexpected"),
     ];
     for (headers, payload, ..) in &bad {

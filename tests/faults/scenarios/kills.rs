@@ -50,10 +50,15 @@ async fn relay(mut stage: Stage) -> Verdict {
     finish(fleet, vec![relay, rest], 1).await
 }
 
+/// Nobody can be asked, so that a reply that is lost leaves its saga open; and each reply is held long
+/// enough for an offset that was stored too early to be committed before the process ends.
 async fn consumer(mut stage: Stage) -> Verdict {
-    let fleet = Fleet::new(&stage, Wishes::default()).await;
+    let vars = vec![("USER_SERVICE_GRPC_URL", String::new()), ("SAGA_STEP_TIMEOUT", "10m".to_owned())];
+    let fleet = Fleet::new(&stage, Wishes { vars, ..Wishes::default() }).await;
     let rest = fleet.process("http,relay", "", 0);
-    let sagas = fleet.process("sagas", &armed(&mut stage, 2), LIVES);
+    let place = armed(&mut stage, 2);
+    let held = if place.starts_with("sagas::received") { place } else { format!("sagas::received=sleep(1200);{place}") };
+    let sagas = fleet.process("sagas", &held, LIVES);
     rest.until_up().await;
     fleet.register(&[&rest], stage.many(9)).await;
     finish(fleet, vec![sagas, rest], 1).await
