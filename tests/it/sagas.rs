@@ -74,7 +74,7 @@ async fn a_message_that_makes_no_sense_is_kept_and_the_partition_goes_on() {
         .unwrap();
         assert!(kept, "the bytes of {detail:?} are kept");
     }
-    assert_eq!(service.count("select count(*) from inbox").await, 15);
+    assert_eq!(service.count("select count(*) from inbox").await, 16);
     service.stop().await;
 }
 
