@@ -65,6 +65,14 @@ impl Ownership {
         }
     }
 
+    /// These lanes may be somebody else's by now.
+    pub(crate) fn forget(&self, lanes: impl Iterator<Item = i16>) {
+        let mut held = self.held();
+        lanes.for_each(|lane| {
+            held.lanes.remove(&lane);
+        });
+    }
+
     /// Gives one drained lane to whoever wants it.
     pub(crate) async fn hand_over(
         &self,

@@ -287,6 +287,11 @@ impl Worker {
                 "rows were sent under a term that is over; the lane's owner sends them again"
             );
             metrics::counter!("outbox_fenced_writes_total").increment(fenced as u64);
+            // Nothing more of these lanes until the lease keeper has asked whose they are, or they would
+            // be read and sent again and again.
+            let archived: HashSet<i64> = archived.into_iter().collect();
+            let lost = self.sent.iter().filter(|row| !archived.contains(&row.id)).map(|row| row.lane);
+            self.ownership.forget(lost);
         }
         self.window.archived(self.sent.drain(..).map(|row| row.id));
         for lane in terms {

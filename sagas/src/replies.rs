@@ -180,7 +180,9 @@ impl<F: Flows> Orchestrator<F> {
             (_, Some(correlation_id), _) if *correlation_id != saga.correlation_id => {
                 let known = store::by_correlation(conn, correlation_id).await?.is_some();
                 let whose = if known { "belongs to another saga" } else { "is unknown" };
-                Some(format!("its saga id and its correlation id disagree: the correlation id {correlation_id:?} {whose}"))
+                Some(format!(
+                    "its saga id and its correlation id disagree: the correlation id {correlation_id:?} {whose}"
+                ))
             }
             _ => None,
         };

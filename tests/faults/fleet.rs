@@ -23,12 +23,7 @@ use crate::{
     keeper::{Keeper, Orders},
     node,
     stage::Stage,
-    support::{
-        join_all,
-        parts::PARTS,
-        process::production_vars,
-        service::registration,
-    },
+    support::{join_all, parts::PARTS, process::production_vars, service::registration},
 };
 
 /// Rows a relay's worker holds: small, so that a crash is felt by many batches.
@@ -213,7 +208,13 @@ impl Fleet {
     }
 
     /// Registrations and events at once, while the harm is done.
-    pub async fn load(&self, keepers: &[&Keeper], users: usize, events: (usize, usize), harm: impl Future<Output = ()>) {
+    pub async fn load(
+        &self,
+        keepers: &[&Keeper],
+        users: usize,
+        events: (usize, usize),
+        harm: impl Future<Output = ()>,
+    ) {
         let (keys, per_key) = events;
         tokio::join!(self.register(keepers, users), self.commit_events(keys, per_key), harm);
     }

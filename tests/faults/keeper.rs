@@ -91,12 +91,7 @@ impl Keeper {
     }
 }
 
-async fn keep(
-    orders: Orders,
-    state: Arc<State>,
-    publish: watch::Sender<Option<String>>,
-    stop: CancellationToken,
-) {
+async fn keep(orders: Orders, state: Arc<State>, publish: watch::Sender<Option<String>>, stop: CancellationToken) {
     let arguments = if orders.roles.is_empty() { vec!["serve"] } else { vec!["serve", "--role", orders.roles] };
     for life in 0.. {
         let mut vars = orders.vars.clone();

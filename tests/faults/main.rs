@@ -86,7 +86,9 @@ async fn main() -> ExitCode {
     }
     let there = |program: &str| std::process::Command::new(program).arg("-version").output().is_ok();
     if !there("java") || !there("mvn") {
-        eprintln!("the fault suite needs real Apache Kafka: install Java 17 or newer and Maven (tests/kafka/run --help)");
+        eprintln!(
+            "the fault suite needs real Apache Kafka: install Java 17 or newer and Maven (tests/kafka/run --help)"
+        );
         return ExitCode::from(2);
     }
     if chosen.is_empty() {
@@ -171,8 +173,7 @@ fn line(played: &Played) -> String {
 fn summary(played: &[Played], took: Duration) -> bool {
     let mut total = Verdict::default();
     played.iter().filter_map(|one| one.verdict.as_ref().ok()).for_each(|verdict| total.add(verdict));
-    let failed: Vec<_> =
-        played.iter().filter(|one| !one.verdict.as_ref().is_ok_and(Verdict::is_good)).collect();
+    let failed: Vec<_> = played.iter().filter(|one| !one.verdict.as_ref().is_ok_and(Verdict::is_good)).collect();
     println!("\n{} scenarios played in {:.0} s", played.len(), took.as_secs_f64());
     println!("  answered    {:>8}  registrations and commits a client was told of", total.answered);
     println!("  published   {:>8}  distinct messages in Kafka", total.published);

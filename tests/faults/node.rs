@@ -1,11 +1,7 @@
 //! An Apache Kafka node that may be harmed: its own process, its data kept over a restart, and every
 //! client behind a wire that breaks, because the address it tells them is the wire's.
 
-use std::{
-    path::Path,
-    process::Stdio,
-    time::Duration,
-};
+use std::{path::Path, process::Stdio, time::Duration};
 
 use nix::{
     sys::signal::{Signal, kill},

@@ -272,6 +272,41 @@ async fn what_a_relay_writes_after_its_lanes_were_taken_has_no_effect() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_sent_under_a_term_that_is_over_is_left_to_the_next_owner() {
+    let outbox = Outbox::new().await;
+    let relay = outbox.relay("one");
+    outbox.until("select count(*) from outbox_lanes where owner is not null", 64).await;
+    // Whoever takes the lane over holds its row while the relay, with the acknowledgement in its hands,
+    // comes to archive.
+    let mut takeover = outbox.pool.begin().await.unwrap();
+    let lane = lane_of("a");
+    let term: i64 = sqlx::query_scalar("select term from outbox_lanes where lane = $1 for update")
+        .bind(lane)
+        .fetch_one(&mut *takeover)
+        .await
+        .unwrap();
+    outbox.append("a", "0").await;
+    outbox
+        .until(
+            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'
+                and query like '%insert into outbox_archive%'",
+            1,
+        )
+        .await;
+    sqlx::query("update outbox_lanes set owner = null, term = term + 1 where lane = $1")
+        .bind(lane)
+        .execute(&mut *takeover)
+        .await
+        .unwrap();
+    takeover.commit().await.unwrap();
+    outbox.until("select count(*) from outbox_archive", 1).await;
+    relay.stop().await;
+    let archived: i64 = sqlx::query_scalar("select term from outbox_archive").fetch_one(&outbox.pool).await.unwrap();
+    assert_eq!(archived, term + 2, "archived by the owner after the take-over");
+    assert_eq!(outbox.texts_by_key().await["a"], ["0", "0"], "sent by both, a copy under the same id");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_is_too_large_parks_its_key_in_order_and_no_other() {
     let outbox = Outbox::new().await;
     outbox.append("a", "0").await;

@@ -114,9 +114,7 @@ async fn missing_topic(stage: Stage) -> Verdict {
     let all = fleet.all_roles().await;
     fleet.load(&[&all], stage.many(6), (8, stage.many(10)), async {}).await;
     // Registrations are through while the missing topic's events wait, and nothing else does.
-    fleet
-        .until_count("select count(*) from saga_state where status in ('running', 'resolving')", 0, PATIENCE)
-        .await;
+    fleet.until_count("select count(*) from saga_state where status in ('running', 'resolving')", 0, PATIENCE).await;
     fleet.until_count("select count(*) from outbox", 8 * stage.many(10) as i64, PATIENCE).await;
     node::create_topics(&fleet.brokers, &[fleet.topic("load")], &[]).await;
     finish(fleet, all).await

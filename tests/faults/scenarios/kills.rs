@@ -57,7 +57,8 @@ async fn consumer(mut stage: Stage) -> Verdict {
     let fleet = Fleet::new(&stage, Wishes { vars, ..Wishes::default() }).await;
     let rest = fleet.process("http,relay", "", 0);
     let place = armed(&mut stage, 2);
-    let held = if place.starts_with("sagas::received") { place } else { format!("sagas::received=sleep(1200);{place}") };
+    let held =
+        if place.starts_with("sagas::received") { place } else { format!("sagas::received=sleep(1200);{place}") };
     let sagas = fleet.process("sagas", &held, LIVES);
     rest.until_up().await;
     fleet.register(&[&rest], stage.many(9)).await;

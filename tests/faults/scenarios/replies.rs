@@ -158,10 +158,16 @@ async fn forged(stage: Stage) -> Verdict {
 /// The refusal arrives about when the saga's deadline has passed and `CreateUser` is on its way.
 async fn racing(mut stage: Stage) -> Verdict {
     let vars = vec![("SAGA_STEP_TIMEOUT", "1s".into())];
-    let (fleet, all, _post) = by_post(&stage, vars, once, |topic: &str| {
-        if topic.starts_with("user.create") { never(topic) } else { once(topic) }
-    })
-    .await;
+    let (fleet, all, _post) =
+        by_post(
+            &stage,
+            vars,
+            once,
+            |topic: &str| {
+                if topic.starts_with("user.create") { never(topic) } else { once(topic) }
+            },
+        )
+        .await;
     let rests: Vec<_> = (0..stage.many(8)).map(|_| stage.millis(700, 2300)).collect();
     for (n, rest) in rests.into_iter().enumerate() {
         fleet.register_one(&[&all], n, false).await;
