@@ -38,9 +38,6 @@ const PAUSED_REST: Duration = Duration::from_millis(100);
 const DATABASE_REST: Duration = Duration::from_millis(500);
 /// A row that was alone in flight when two owners of its lane died is taken to be the cause.
 const KILLS_TO_PARK: i16 = 2;
-/// A broker refuses a whole batch for one message in it that is too large. Who is refused this often,
-/// with growing waits in between and so in other company, is that one.
-const REFUSALS_TO_PARK: u8 = 3;
 
 pub(crate) struct Worker {
     index: usize,
@@ -60,8 +57,10 @@ pub(crate) struct Worker {
     unsendable: Vec<(PendingRow, ParkCause)>,
     /// Suspected lanes whose row came back with an error: whatever it is, it did not kill us.
     survived: HashSet<i16>,
-    /// How often the broker has refused a row for what it is.
-    refusals: HashMap<i64, u8>,
+    /// Rows that were refused for what they are, in a batch that was refused for one of them.
+    refused: HashSet<i64>,
+    /// The row in flight is one of those, and nothing else may be.
+    alone: bool,
     breaker: Breaker,
     topics: Holds,
     keys: Holds,
@@ -110,7 +109,8 @@ impl Worker {
             sent: Vec::new(),
             unsendable: Vec::new(),
             survived: HashSet::new(),
-            refusals: HashMap::new(),
+            refused: HashSet::new(),
+            alone: false,
             breaker: Breaker::default(),
             topics: Holds::default(),
             keys: Holds::default(),
@@ -230,6 +230,7 @@ impl Worker {
         self.window.clear();
         self.sent.clear();
         self.unsendable.clear();
+        self.refused.clear();
         self.terms.clear();
         (self.flying, self.on_trial) = (None, None);
         self.marks.reset(Instant::now());

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::timeout_at;
 
-use super::{COLLECT, REFUSALS_TO_PARK, Worker};
+use super::{COLLECT, Worker};
 use crate::{
     breaker::Allowance,
     delivery::{ParkCause, SentRow},
@@ -16,20 +16,25 @@ use crate::{
 };
 
 impl Worker {
+    /// Sends all that may be sent now. A broker refuses a whole batch for one message in it that is too
+    /// large, so a row that was refused goes again with nothing else in flight: then it is the one, or not.
     pub(super) fn send_ready(&mut self) {
-        while let Some(row) = self.window.next_to_send() {
-            let row_id = row.id;
+        self.alone &= self.window.in_flight() > 0;
+        while !self.alone {
+            let others = self.window.in_flight() > 0;
+            let Some(row) = self.window.next_to_send() else { return };
+            let (row_id, alone) = (row.id, self.refused.contains(&row.id));
+            if alone && others {
+                return self.window.put_back(row_id);
+            }
             let enqueued = self.publisher.enqueue(row);
             fault_points::reached_with("relay::enqueued", &row.key);
             match enqueued {
-                Ok(()) => {}
-                Err(NotEnqueued::QueueFull) => {
-                    self.window.put_back(row_id);
-                    return;
-                }
+                Ok(()) => self.alone = alone,
+                Err(NotEnqueued::QueueFull) => return self.window.put_back(row_id),
                 Err(NotEnqueued::Failed(failure)) => {
                     // The client has looked at this one message.
-                    self.refusals.insert(row_id, REFUSALS_TO_PARK);
+                    self.refused.insert(row_id);
                     self.failed(row_id, failure);
                 }
             }
@@ -77,9 +82,7 @@ impl Worker {
                 fault_points::reached("relay::acknowledged");
                 let dwell = (chrono::Utc::now() - row.created_at).as_seconds_f64();
                 metrics::histogram!("outbox_dwell_seconds").record(dwell.max(0.0));
-                if !self.refusals.is_empty() {
-                    self.refusals.remove(&row.id);
-                }
+                self.refused.remove(&row.id);
                 if self.keys.release(&row.key) | self.topics.release(&row.topic) {
                     // What was passed over meanwhile may lie below the marks.
                     self.marks.reset(Instant::now());
@@ -110,11 +113,11 @@ impl Worker {
         self.survived.insert(row.lane);
         self.marks.reset(now);
         match failure.fault {
-            Fault::Message if self.refused_again(row.id) < REFUSALS_TO_PARK => {
+            Fault::Message if self.refused.insert(row.id) => {
                 self.keys.hold(&row.key, now);
             }
             Fault::Message => {
-                self.refusals.remove(&row.id);
+                self.refused.remove(&row.id);
                 let cause = ParkCause::Unsendable { row_id: row.id, reason: failure.reason };
                 self.unsendable.push((row, cause));
             }
@@ -134,12 +137,6 @@ impl Worker {
             }
             Fault::Producer => self.replace_producer(&failure.reason),
         }
-    }
-
-    fn refused_again(&mut self, row_id: i64) -> u8 {
-        let refusals = self.refusals.entry(row_id).or_default();
-        *refusals = refusals.saturating_add(1);
-        *refusals
     }
 
     fn replace_producer(&mut self, reason: &str) {
