@@ -168,15 +168,10 @@ impl App {
         })))
     }
 
-    /// A pool for the relay alone. Its statements are planned anew each time, because arrays of ids
-    /// are known only then, and never by a sequential scan: statistics taken while the outbox was
-    /// empty would recommend one.
+    /// A pool for the relay alone.
     fn relay_pool(&self) -> PgPool {
-        let options = self.config.database.options.clone().options([
-            ("plan_cache_mode", "force_custom_plan"),
-            ("enable_seqscan", "off"),
-            ("statement_timeout", "30s"),
-        ]);
+        let options =
+            self.config.database.options.clone().options(outbox_relay::SESSION).options([("statement_timeout", "30s")]);
         PgPoolOptions::new()
             .max_connections(self.config.database.relay_pool_size)
             .acquire_timeout(self.config.database.acquire_timeout)

@@ -101,7 +101,7 @@ impl Bench {
                 server
                     .clone()
                     .database(&database)
-                    .options([("plan_cache_mode", "force_custom_plan"), ("enable_seqscan", "off")]),
+                    .options(outbox_relay::SESSION),
             )
             .await?;
         sqlx::migrate!("../migrations").run(&pool).await?;

@@ -2,9 +2,10 @@
 //! go out to the parking lot. Every write names the lane's term; a relay that has lost the lane
 //! finds that nothing happened.
 
-use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
+use serde_json::value::RawValue;
 use sqlx::{Connection, PgConnection, types::Json};
 use uuid::Uuid;
 
@@ -13,11 +14,14 @@ use uuid::Uuid;
 pub(crate) struct PendingRow {
     pub id: i64,
     pub lane: i16,
-    pub key: String,
+    /// Shared: the window knows the row by it in three places.
+    #[sqlx(try_from = "String")]
+    pub key: Arc<str>,
     pub seq: i64,
     pub topic: String,
     pub payload: Vec<u8>,
-    pub headers: Json<BTreeMap<String, String>>,
+    /// Read when the row is sent: one that is not as it should be is that row's trouble alone.
+    pub headers: Json<Box<RawValue>>,
     /// Set on a row that sends an archived one again: it stands outside the key's sequence.
     pub replay_of: Option<i64>,
     pub created_at: DateTime<Utc>,

@@ -63,6 +63,6 @@ mod worker;
 pub use message::{LANES, NewMessage, lane_of};
 pub use outbox::{AppendError, Appended, Publication, append, publications};
 pub use publisher::{KafkaSettings, PublisherError};
-pub use relay::{Relay, RelaySettings};
+pub use relay::{Relay, RelaySettings, SESSION};
 pub use replay::{ReplayError, Replayed, replay};
 pub use wake::Wake;

@@ -4,13 +4,17 @@
 //! order the broker gives them. (The future-based producer sleeps and tries again when its queue is
 //! full, and other sends overtake it meanwhile.)
 
-use std::time::Duration;
+use std::{borrow::Cow, fmt, time::Duration};
 
 use rdkafka::{
     ClientConfig, ClientContext, Message,
     error::{KafkaError, RDKafkaErrorCode as Code},
     message::{DeliveryResult, Header, OwnedHeaders},
     producer::{BaseRecord, Producer, ProducerContext, PurgeConfig, ThreadedProducer},
+};
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
 };
 use tokio::sync::mpsc;
 
@@ -142,20 +146,11 @@ impl Publisher {
 
     /// Hands one row to the client. Its report comes later, unless this fails.
     pub(crate) fn enqueue(&self, row: &PendingRow) -> Result<(), NotEnqueued> {
-        let mut headers = OwnedHeaders::new_with_capacity(row.headers.len() + 3);
-        let own = [
-            ("ce_time", row.created_at.to_rfc3339_opts(chrono::SecondsFormat::Micros, true)),
-            ("aggregate-seq", row.seq.to_string()),
-        ];
-        let replay = row.replay_of.map(|of| ("replay-of", of.to_string()));
-        for (name, value) in own.iter().chain(replay.iter()) {
-            headers = headers.insert(Header { key: name, value: Some(value) });
-        }
-        for (name, value) in row.headers.iter() {
-            headers = headers.insert(Header { key: name, value: Some(value) });
-        }
+        let headers = headers_of(row).map_err(|error| {
+            NotEnqueued::Failed(Failure { fault: Fault::Message, reason: format!("its headers are not texts: {error}") })
+        })?;
         let record = BaseRecord::with_opaque_to(&row.topic, Box::new(row.id))
-            .key(&row.key)
+            .key(&*row.key)
             .payload(&row.payload)
             .headers(headers);
         self.producer.send(record).map_err(|(error, _)| match error {
@@ -178,6 +173,44 @@ impl Publisher {
     /// stops appending. What is on the wire may still arrive: a copy under a known message id.
     pub(crate) fn purge(&self) {
         self.producer.purge(PurgeConfig::default().queue().inflight());
+    }
+}
+
+/// The stored headers, and those that only the database knew.
+fn headers_of(row: &PendingRow) -> Result<OwnedHeaders, serde_json::Error> {
+    let mut headers = serde_json::Deserializer::from_str(row.headers.get()).deserialize_map(StoredHeaders)?;
+    let own = [
+        ("ce_time", Some(row.created_at.to_rfc3339_opts(chrono::SecondsFormat::Micros, true))),
+        ("aggregate-seq", Some(row.seq.to_string())),
+        ("replay-of", row.replay_of.map(|of| of.to_string())),
+    ];
+    for (key, value) in &own {
+        if value.is_some() {
+            headers = headers.insert(Header { key, value: value.as_ref() });
+        }
+    }
+    Ok(headers)
+}
+
+/// Reads a JSON object of texts straight into the client's own form.
+struct StoredHeaders;
+
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl<'de> Visitor<'de> for StoredHeaders {
+    type Value = OwnedHeaders;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of texts")
+    }
+
+    fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<OwnedHeaders, M::Error> {
+        let mut headers = OwnedHeaders::new_with_capacity(16);
+        while let Some((Text(key), Text(value))) = map.next_entry()? {
+            headers = headers.insert(Header { key: &key, value: Some(&*value) });
+        }
+        Ok(headers)
     }
 }
 

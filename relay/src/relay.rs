@@ -17,6 +17,13 @@ use crate::{
     worker::Worker,
 };
 
+/// Settings of the database sessions in a relay's pool. Its statements are planned anew each time, because
+/// arrays of ids are known only then, and never by a sequential scan: statistics taken while the outbox was
+/// empty would recommend one. Where there is no other way, that makes a plan look so dear that PostgreSQL
+/// would compile it, for longer than any of them runs.
+pub const SESSION: [(&str, &str); 3] =
+    [("plan_cache_mode", "force_custom_plan"), ("enable_seqscan", "off"), ("jit", "off")];
+
 /// How a relay runs.
 #[derive(Debug, Clone)]
 pub struct RelaySettings {
@@ -46,8 +53,8 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// `pool` is the relay's own: a storm of logins must not starve it, nor it them. It holds one
-    /// connection for listening, one per worker and one for the lease at the most.
+    /// `pool` is the relay's own, with the settings of [`SESSION`]: a storm of logins must not starve it, nor
+    /// it them. It holds one connection for listening, one per worker and one for the lease at the most.
     pub fn new(pool: PgPool, settings: RelaySettings, wake: Wake) -> Self {
         Self { settings: Arc::new(settings), pool, wake, ownership: Ownership::default(), trials: Arc::default() }
     }

@@ -5,18 +5,21 @@
 //! relay that was thawed after losing its lanes harmless to the order of first occurrences: what it
 //! still sends, it sends only after everything before it was acknowledged.
 
-use std::collections::{HashMap, VecDeque};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
 
 use crate::{delivery::PendingRow, message::lane_of};
 
 /// Rows between "read from the outbox" and "moved to the archive".
 #[derive(Debug, Default)]
 pub(crate) struct Window {
-    runs: HashMap<String, Run>,
+    runs: HashMap<Arc<str>, Run>,
     /// Keys whose first waiting row may be sent, in the order they became ready.
-    ready: VecDeque<String>,
+    ready: VecDeque<Arc<str>>,
     /// Row id to key, for every row held here.
-    keys: HashMap<i64, String>,
+    keys: HashMap<i64, Arc<str>>,
     in_flight: usize,
 }
 
@@ -145,7 +148,7 @@ impl Window {
 
     /// Forgets everything that is not sent yet.
     pub(crate) fn evict_unsent(&mut self) {
-        let keys: Vec<String> = self.runs.keys().cloned().collect();
+        let keys: Vec<Arc<str>> = self.runs.keys().cloned().collect();
         keys.iter().for_each(|key| self.evict(key));
         self.ready.clear();
     }
@@ -203,9 +206,8 @@ impl Window {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use proptest::prelude::*;
+    use serde_json::value::RawValue;
     use sqlx::types::Json;
 
     use super::*;
@@ -214,11 +216,11 @@ mod tests {
         PendingRow {
             id,
             lane: lane_of(key),
-            key: key.to_owned(),
+            key: key.into(),
             seq,
             topic: "t".into(),
             payload: vec![],
-            headers: Json(BTreeMap::new()),
+            headers: Json(RawValue::from_string("{}".to_owned()).unwrap()),
             replay_of: None,
             created_at: chrono::DateTime::UNIX_EPOCH,
             published_seq: 0,

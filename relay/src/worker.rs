@@ -323,7 +323,7 @@ impl Worker {
                 Ok(rows) => {
                     tracing::error!(
                         outbox.row = row.id,
-                        key = row.key,
+                        key = &*row.key,
                         topic = row.topic,
                         rows,
                         reason = cause.reason(),

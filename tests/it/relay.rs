@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use outbox_relay::{KafkaSettings, NewMessage, Relay, RelaySettings, Replayed, Wake, admin, append, lane_of, replay};
+use outbox_relay::{KafkaSettings, NewMessage, Relay, RelaySettings, Replayed, SESSION, Wake, admin, append, lane_of, replay};
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -66,7 +66,7 @@ impl Outbox {
     }
 
     fn relay_with(&self, name: &str, brokers: &str, client: &[(&str, &str)]) -> RunningRelay {
-        let options = (*self.pool.connect_options()).clone().options([("plan_cache_mode", "force_custom_plan")]);
+        let options = (*self.pool.connect_options()).clone().options(SESSION);
         let pool = PgPoolOptions::new().max_connections(6).connect_lazy_with(options);
         let settings = RelaySettings {
             name: name.to_owned(),

@@ -132,7 +132,7 @@ impl Worker {
             }
             Fault::Broker => {
                 if self.keys.hold(&row.key, now) {
-                    tracing::debug!(key = row.key, reason = failure.reason, "delivery failed; trying again");
+                    tracing::debug!(key = &*row.key, reason = failure.reason, "delivery failed; trying again");
                 }
             }
             Fault::Producer => self.replace_producer(&failure.reason),
