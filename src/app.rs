@@ -173,7 +173,7 @@ impl App {
         let options =
             self.config.database.options.clone().options(outbox_relay::SESSION).options([("statement_timeout", "30s")]);
         PgPoolOptions::new()
-            .max_connections(self.config.database.relay_pool_size)
+            .max_connections(self.config.relay.pool_size)
             .acquire_timeout(self.config.database.acquire_timeout)
             .connect_lazy_with(options)
     }
@@ -188,6 +188,7 @@ impl App {
             batch: config.relay.batch,
             workers: config.relay.workers,
             poll: config.relay.poll,
+            fencing: config.relay.fencing,
         };
         Relay::new(self.relay_pool(), settings, self.wake.clone())
     }

@@ -111,15 +111,6 @@ impl Config {
         let log_format = vars.choice("LOG_FORMAT", &[("text", LogFormat::Text), ("json", LogFormat::Json)]);
         let log_filter = vars.text("RUST_LOG", "info,librdkafka=warn,tokio_cron_scheduler=warn");
         let sender = vars.text("KAFKA_EVENT_SOURCE", "auth-service");
-        // The rest are the lease keeper's and the listener's: without them lanes are lost under load.
-        let needed = relay.workers as u32 + 2;
-        if let Some(short) = database.as_ref().map(|database| database.relay_pool_size).filter(|size| *size < needed) {
-            vars.reject(
-                "RELAY_POOL_SIZE",
-                format!("is {short}; {} relay workers need {needed} connections", relay.workers),
-                format!("Set it to {needed} or more, or RELAY_WORKERS to less"),
-            );
-        }
         if let (Some(http), Some(grpc), Some(admin)) = (&http, &grpc, &admin) {
             distinct_ports(
                 &mut vars,

@@ -97,12 +97,7 @@ impl Bench {
         conn.execute(AssertSqlSafe(format!("create database {database}"))).await?;
         let pool = PgPoolOptions::new()
             .max_connections(16)
-            .connect_with(
-                server
-                    .clone()
-                    .database(&database)
-                    .options(outbox_relay::SESSION),
-            )
+            .connect_with(server.clone().database(&database).options(outbox_relay::SESSION))
             .await?;
         sqlx::migrate!("../migrations").run(&pool).await?;
         archive::keep_up(&mut *pool.acquire().await?, chrono::Utc::now().date_naive(), None).await?;
@@ -253,6 +248,7 @@ impl Bench {
             batch: number("BENCH_BATCH", 2000),
             workers: number("BENCH_WORKERS", 2),
             poll: Duration::from_millis(500),
+            fencing: env::var("BENCH_FENCING").is_ok(),
         };
         let stop = CancellationToken::new();
         let relay = Relay::new(self.pool.clone(), settings, wake);

@@ -150,6 +150,19 @@ pub(crate) async fn finish(
     .await
 }
 
+/// Those of these lanes that have another owner or term by now.
+pub(crate) async fn lost(conn: &mut PgConnection, relay_id: Uuid, terms: &[LaneTerm]) -> Result<Vec<i16>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select t.lane from unnest($2::smallint[], $3::bigint[]) as t(lane, term)
+          where not exists (select from outbox_lanes l where l.lane = t.lane and l.term = t.term and l.owner = $1)",
+    )
+    .bind(relay_id)
+    .bind(terms.iter().map(|t| t.lane).collect::<Vec<_>>())
+    .bind(terms.iter().map(|t| t.term).collect::<Vec<_>>())
+    .fetch_all(conn)
+    .await
+}
+
 /// Why a key's rows leave the hot table without being sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ParkCause {

@@ -5,13 +5,14 @@
 //! of this is in the binary.
 
 /// Every place, in the order an event passes them.
-pub const PLACES: [&str; 14] = [
+pub const PLACES: [&str; 15] = [
     "registration::prepared",
     "registration::committed",
     "relay::lanes_taken",
     "relay::claimed",
     "relay::enqueued",
     "relay::acknowledged",
+    "relay::settled",
     "relay::archived",
     "sagas::received",
     "sagas::in_inbox",

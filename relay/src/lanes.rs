@@ -12,6 +12,10 @@ use uuid::Uuid;
 
 use crate::{delivery::LaneTerm, fault_points, message::LANES};
 
+/// How many groups of lanes have a fence each, where relays fence each other off. A constant: two relays
+/// that disagreed about it would not stand behind the same fences.
+pub const FENCES: usize = 8;
+
 /// This process's view of its lanes, shared by the lease keeper and the workers.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Ownership(Arc<Mutex<Held>>);
@@ -141,13 +145,15 @@ pub(crate) struct LeaseKeeper {
     name: String,
     lease: Duration,
     batch: i32,
+    /// Lanes that leave the same rest divided by this have one owner together.
+    groups: i16,
     relay_id: Option<Uuid>,
 }
 
 impl LeaseKeeper {
-    pub(crate) fn new(ownership: Ownership, name: String, lease: Duration, batch: usize) -> Self {
+    pub(crate) fn new(ownership: Ownership, name: String, lease: Duration, batch: usize, groups: i16) -> Self {
         let batch = i32::try_from(batch).unwrap_or(i32::MAX);
-        Self { ownership, name, lease, batch, relay_id: None }
+        Self { ownership, name, lease, batch, groups, relay_id: None }
     }
 
     /// One round: renew the lease (or make a new one), clear away relays whose lease ran out, take
@@ -160,7 +166,7 @@ impl LeaseKeeper {
         // this a no-op: the condition is looked at again after the row lock.
         sqlx::query("delete from outbox_relays where lease_until < clock_timestamp()").execute(&mut *tx).await?;
         let relays: i64 = sqlx::query_scalar("select count(*) from outbox_relays").fetch_one(&mut *tx).await?;
-        let share = fair_share(relays);
+        let share = fair_share(relays, self.groups);
         let owned: i64 = sqlx::query_scalar("select count(*) from outbox_lanes where owner = $1")
             .bind(relay_id)
             .fetch_one(&mut *tx)
@@ -168,11 +174,13 @@ impl LeaseKeeper {
         if owned < share {
             self.take_free_lanes(&mut tx, relay_id, share - owned).await?;
         }
-        let lanes: Vec<(i16, i64, Option<i32>)> =
-            sqlx::query_as("select lane, term, attempt_limit from outbox_lanes where owner = $1 order by lane")
-                .bind(relay_id)
-                .fetch_all(&mut *tx)
-                .await?;
+        let lanes: Vec<(i16, i64, Option<i32>)> = sqlx::query_as(
+            "select lane, term, attempt_limit from outbox_lanes where owner = $1 order by lane % $2, lane",
+        )
+        .bind(relay_id)
+        .bind(self.groups)
+        .fetch_all(&mut *tx)
+        .await?;
         let paused: bool =
             sqlx::query_scalar("select paused_at is not null from outbox_control").fetch_one(&mut *tx).await?;
         tx.commit().await?;
@@ -228,7 +236,11 @@ impl LeaseKeeper {
     /// A lane whose last owner gave it back is clean. One whose owner vanished may hold the row that
     /// killed it: its new owner goes on with an eighth of what was in flight, down to one row, and a
     /// row that was alone in flight is charged with the death.
+    ///
+    /// A group of lanes is taken whole or not at all. Those who take lanes do so one after the other: two
+    /// that pass over each other's locked rows would each come by a part of a group.
     async fn take_free_lanes(&self, conn: &mut PgConnection, relay_id: Uuid, most: i64) -> Result<(), sqlx::Error> {
+        sqlx::query("select from outbox_control for update").execute(&mut *conn).await?;
         let taken: Vec<(i16, Option<i32>)> = sqlx::query_as(
             "update outbox_lanes l
                 set owner = $1, term = term + 1, clean = false,
@@ -236,14 +248,18 @@ impl LeaseKeeper {
                                          else greatest(1, coalesce(attempt_limit, $3) / 8) end,
                     suspect_kills = case when not clean and suspect_id is not null
                                          then suspect_kills + 1 else suspect_kills end
-               from (select lane from outbox_lanes where owner is null
-                      order by lane limit $2 for update skip locked) free
+               from (select lane from outbox_lanes f
+                      where owner is null
+                        and not exists (select from outbox_lanes other
+                                         where other.lane % $4 = f.lane % $4 and other.owner <> $1)
+                      order by lane % $4, lane limit $2 for update skip locked) free
               where l.lane = free.lane
              returning l.lane, l.attempt_limit",
         )
         .bind(relay_id)
         .bind(most)
         .bind(self.batch)
+        .bind(self.groups)
         .fetch_all(conn)
         .await?;
         let suspected = taken.iter().filter(|(_, limit)| limit.is_some()).count();
@@ -267,10 +283,23 @@ impl LeaseKeeper {
     }
 }
 
-/// How many lanes each of `relays` processes may own: rounded up, so that none stays unowned.
-fn fair_share(relays: i64) -> i64 {
-    let lanes = i64::from(LANES);
-    (lanes + relays.max(1) - 1) / relays.max(1)
+/// What a group of lanes is called at the broker. It belongs to this database alone, however often it was
+/// copied, and stays with it when a standby takes over.
+pub(crate) async fn fence_name(conn: &mut PgConnection, group: usize) -> Result<String, sqlx::Error> {
+    sqlx::query_scalar(
+        "select format('outbox.%s.%s.%s-of-%s', (select system_identifier from pg_control_system()), oid, $1, $2)
+           from pg_database where datname = current_database()",
+    )
+    .bind(group as i64)
+    .bind(FENCES as i64)
+    .fetch_one(conn)
+    .await
+}
+
+/// How many lanes each of `relays` processes may own: whole groups, rounded up, so that none stays unowned.
+fn fair_share(relays: i64, groups: i16) -> i64 {
+    let (groups, relays) = (i64::from(groups), relays.max(1));
+    (groups + relays - 1) / relays * (i64::from(LANES) / groups)
 }
 
 #[cfg(test)]
@@ -280,9 +309,12 @@ mod tests {
     #[test]
     fn shares_cover_all_lanes_however_many_relays_there_are() {
         for relays in 1..=100 {
-            assert!(fair_share(relays) * relays >= i64::from(LANES), "{relays}");
+            for groups in [LANES, FENCES as i16] {
+                assert!(fair_share(relays, groups) * relays >= i64::from(LANES), "{relays}");
+            }
         }
-        assert_eq!([fair_share(0), fair_share(1), fair_share(3), fair_share(64), fair_share(65)], [64, 64, 22, 1, 1]);
+        assert_eq!([0, 1, 3, 64, 65].map(|relays| fair_share(relays, LANES)), [64, 64, 22, 1, 1]);
+        assert_eq!([0, 1, 3, 8, 9].map(|relays| fair_share(relays, FENCES as i16)), [64, 64, 24, 8, 8]);
     }
 
     #[test]

@@ -60,6 +60,7 @@ mod wake;
 mod window;
 mod worker;
 
+pub use lanes::FENCES;
 pub use message::{LANES, NewMessage, lane_of};
 pub use outbox::{AppendError, Appended, Publication, append, publications};
 pub use publisher::{KafkaSettings, PublisherError};

@@ -30,7 +30,7 @@ pub struct KafkaSettings {
 }
 
 /// Properties the order and durability of messages rest on.
-const GUARDED: [&str; 12] = [
+const GUARDED: [&str; 13] = [
     "acks",
     "request.required.acks",
     "enable.idempotence",
@@ -43,6 +43,7 @@ const GUARDED: [&str; 12] = [
     "message.send.max.retries",
     "queuing.strategy",
     "transactional.id",
+    "transaction.timeout.ms",
 ];
 
 /// Why there is no producer.
@@ -107,8 +108,14 @@ pub(crate) struct Publisher {
 }
 
 impl Publisher {
-    /// `patience` is how long the client itself tries to deliver one message.
-    pub(crate) fn new(settings: &KafkaSettings, window: usize, patience: Duration) -> Result<Self, PublisherError> {
+    /// `patience` is how long the client itself tries to deliver one message, or to commit a transaction
+    /// under the name of a `fence`.
+    pub(crate) fn new(
+        settings: &KafkaSettings,
+        window: usize,
+        patience: Duration,
+        fence: Option<&str>,
+    ) -> Result<Self, PublisherError> {
         // Unbounded, yet never longer than the window: every report answers one message in it.
         let (sender, reports) = mpsc::unbounded_channel();
         let mut config = ClientConfig::new();
@@ -137,6 +144,13 @@ impl Publisher {
             .set("reconnect.backoff.max.ms", "1000")
             .set("socket.keepalive.enable", "true")
             .set("statistics.interval.ms", "0");
+        if let Some(name) = fence {
+            config
+                .set("transactional.id", name)
+                .set("transaction.timeout.ms", patience.as_millis().to_string())
+                // A transaction can't begin before the broker is done with the last one, which takes it a moment.
+                .set("retry.backoff.ms", "10");
+        }
         let producer = config.create_with_context(Reports(sender)).map_err(|error| match error {
             KafkaError::ClientConfig(_, reason, property, _) => PublisherError::Refused { property, reason },
             other => PublisherError::Client(other.to_string()),
@@ -147,7 +161,10 @@ impl Publisher {
     /// Hands one row to the client. Its report comes later, unless this fails.
     pub(crate) fn enqueue(&self, row: &PendingRow) -> Result<(), NotEnqueued> {
         let headers = headers_of(row).map_err(|error| {
-            NotEnqueued::Failed(Failure { fault: Fault::Message, reason: format!("its headers are not texts: {error}") })
+            NotEnqueued::Failed(Failure {
+                fault: Fault::Message,
+                reason: format!("its headers are not texts: {error}"),
+            })
         })?;
         let record = BaseRecord::with_opaque_to(&row.topic, Box::new(row.id))
             .key(&*row.key)
@@ -157,6 +174,44 @@ impl Publisher {
             KafkaError::MessageProduction(Code::QueueFull) => NotEnqueued::QueueFull,
             other => NotEnqueued::Failed(Failure::from(&other)),
         })
+    }
+
+    /// Makes the broker abort whatever an earlier producer of this fence's name left open, and refuse
+    /// whatever it still sends. Answers with the reason when that did not come about in time.
+    pub(crate) async fn raise_fence(&self, patience: Duration) -> Result<(), String> {
+        self.blocking(move |producer| producer.init_transactions(patience)).await
+    }
+
+    /// Begins a transaction.
+    pub(crate) fn begin(&self) -> Result<(), String> {
+        self.producer.begin_transaction().map_err(|error| error.to_string())
+    }
+
+    /// Commits the transaction. An error may tell of one that was committed all the same.
+    pub(crate) async fn commit(&self, patience: Duration) -> Result<(), String> {
+        self.blocking(move |producer| producer.commit_transaction(patience)).await
+    }
+
+    /// Aborts the transaction.
+    pub(crate) async fn abort(&self, patience: Duration) -> Result<(), String> {
+        self.blocking(move |producer| producer.abort_transaction(patience)).await
+    }
+
+    /// Ends the producer, and waits for it.
+    pub(crate) async fn end(self, patience: Duration) {
+        let ended = tokio::task::spawn_blocking(move || drop(self));
+        if tokio::time::timeout(patience, ended).await.is_err() {
+            tracing::warn!("a Kafka producer does not end; going on without it");
+        }
+    }
+
+    async fn blocking(
+        &self,
+        call: impl FnOnce(&ThreadedProducer<Reports>) -> Result<(), KafkaError> + Send + 'static,
+    ) -> Result<(), String> {
+        let producer = self.producer.clone();
+        let called = tokio::task::spawn_blocking(move || call(&producer)).await;
+        called.map_err(|panic| panic.to_string())?.map_err(|error| error.to_string())
     }
 
     /// The next report; waits for one.
@@ -292,7 +347,10 @@ mod tests {
     fn settings_that_would_break_the_promises_are_refused() {
         for property in GUARDED {
             let settings = KafkaSettings { brokers: "127.0.0.1:1".into(), client: vec![(property.into(), "0".into())] };
-            assert!(matches!(Publisher::new(&settings, 10, Duration::from_secs(1)), Err(PublisherError::Guarded(_))));
+            assert!(matches!(
+                Publisher::new(&settings, 10, Duration::from_secs(1), None),
+                Err(PublisherError::Guarded(_))
+            ));
         }
     }
 
@@ -302,7 +360,7 @@ mod tests {
             brokers: "127.0.0.1:1".into(),
             client: vec![("sasl.mechanism.typo".into(), "hunter2".into())],
         };
-        let error = Publisher::new(&settings, 10, Duration::from_secs(1)).err().map(|e| e.to_string());
+        let error = Publisher::new(&settings, 10, Duration::from_secs(1), None).err().map(|e| e.to_string());
         let error = error.unwrap_or_default();
         assert!(error.contains("sasl.mechanism.typo") && !error.contains("hunter2"), "{error}");
     }

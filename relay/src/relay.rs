@@ -11,7 +11,8 @@ use tokio::{sync::RwLock, time::sleep};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
-    lanes::{LeaseKeeper, Ownership},
+    lanes::{FENCES, LeaseKeeper, Ownership},
+    message::LANES,
     publisher::{KafkaSettings, Publisher, PublisherError},
     wake::Wake,
     worker::Worker,
@@ -40,6 +41,25 @@ pub struct RelaySettings {
     pub workers: usize,
     /// Longest time between two looks at the outbox, when no wake-up comes.
     pub poll: Duration,
+    /// Whether relays fence each other off at the broker, by a Kafka transaction a batch: one that was
+    /// frozen past its lease then appends nothing any more, not even a copy. Messages show a commit later,
+    /// only consumers that read committed ones profit, and up to eight relays share the lanes. The same
+    /// for all relays of an outbox.
+    pub fencing: bool,
+}
+
+impl RelaySettings {
+    /// A producer; with the name of a fence, one that can raise it.
+    pub(crate) fn publisher(&self, fence: Option<&str>) -> Result<Publisher, PublisherError> {
+        Publisher::new(&self.kafka, self.batch, self.patience(), fence)
+    }
+
+    /// How long the client tries to deliver one message before it reports a time-out. Well above a
+    /// leader election; the order of a key does not depend on it, since the next message of a key
+    /// waits for the report whatever it says.
+    pub(crate) fn patience(&self) -> Duration {
+        self.lease.max(Duration::from_secs(10))
+    }
 }
 
 /// A relay: delivers what stands in the outbox until it is told to stop.
@@ -55,7 +75,10 @@ pub struct Relay {
 impl Relay {
     /// `pool` is the relay's own, with the settings of [`SESSION`]: a storm of logins must not starve it, nor
     /// it them. It holds one connection for listening, one per worker and one for the lease at the most.
-    pub fn new(pool: PgPool, settings: RelaySettings, wake: Wake) -> Self {
+    pub fn new(pool: PgPool, mut settings: RelaySettings, wake: Wake) -> Self {
+        if settings.fencing {
+            settings.workers = FENCES;
+        }
         Self { settings: Arc::new(settings), pool, wake, ownership: Ownership::default(), trials: Arc::default() }
     }
 
@@ -65,7 +88,7 @@ impl Relay {
     /// Fails at once where the producer's settings are refused; nothing later makes it return. Dropped
     /// before it returns, it stops on the spot, as if the process had died.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), PublisherError> {
-        self.publisher()?;
+        self.settings.publisher(None)?;
         let keeper_stop = CancellationToken::new();
         let keeper = spawn(keep_lease(
             LeaseKeeper::new(
@@ -73,6 +96,7 @@ impl Relay {
                 self.settings.name.clone(),
                 self.settings.lease,
                 self.settings.batch,
+                if self.settings.fencing { FENCES as i16 } else { LANES },
             ),
             self.pool.clone(),
             self.settings.lease,
@@ -89,17 +113,6 @@ impl Relay {
         let _ = tokio::join!(keeper, listener);
         Ok(())
     }
-
-    fn publisher(&self) -> Result<Publisher, PublisherError> {
-        Publisher::new(&self.settings.kafka, self.settings.batch, self.patience())
-    }
-
-    /// How long the client tries to deliver one message before it reports a time-out. Well above a
-    /// leader election; the order of a key does not depend on it, since the next message of a key
-    /// waits for the report whatever it says.
-    fn patience(&self) -> Duration {
-        self.settings.lease.max(Duration::from_secs(10))
-    }
 }
 
 fn spawn<T: Send + 'static>(task: impl Future<Output = T> + Send + 'static) -> AbortOnDropHandle<T> {
@@ -110,7 +123,7 @@ fn spawn<T: Send + 'static>(task: impl Future<Output = T> + Send + 'static) -> A
 /// if the process had died: the row that did it may be among them.
 async fn supervise(relay: Arc<Relay>, index: usize, shutdown: CancellationToken) {
     while !shutdown.is_cancelled() {
-        let publisher = match relay.publisher() {
+        let publisher = match relay.settings.publisher(None) {
             Ok(publisher) => publisher,
             Err(error) => {
                 tracing::error!(%error, "no producer; trying again");

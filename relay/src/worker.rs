@@ -1,6 +1,7 @@
-//! One worker: reads ([`reading`]), sends and collects reports ([`sending`]), archives.
+//! One worker: reads ([`reading`]), sends and collects reports ([`sending`]), settles ([`fencing`]), archives.
 //! [`Worker::step`] is the unit; the loop around it only decides how long to rest.
 
+mod fencing;
 mod reading;
 mod sending;
 
@@ -15,6 +16,7 @@ use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use self::fencing::Fence;
 use crate::{
     breaker::{Allowance, Breaker},
     delivery::{self, LaneTerm, ParkCause, PendingRow, SentRow},
@@ -45,6 +47,7 @@ pub(crate) struct Worker {
     pool: PgPool,
     ownership: Ownership,
     publisher: Publisher,
+    fence: Fence,
     wake: watch::Receiver<()>,
 
     relay_id: Uuid,
@@ -98,10 +101,11 @@ impl Worker {
         let now = Instant::now();
         Self {
             index,
-            settings,
             pool,
             ownership,
             publisher,
+            fence: if settings.fencing { Fence::Down } else { Fence::Up },
+            settings,
             wake,
             relay_id: Uuid::nil(),
             terms: HashMap::new(),
@@ -185,11 +189,15 @@ impl Worker {
             return Ok(Outcome::RestUntil(Instant::now() + Duration::from_millis(100)));
         };
         self.follow_ownership(&trusted);
+        if !self.fence_is_up(&trusted).await? {
+            return Ok(self.outcome(trusted.paused));
+        }
         if !stopping && !trusted.paused {
             self.admit(&trusted).await?;
             self.send_ready();
         }
         self.collect_reports(&trusted, stopping || trusted.paused).await;
+        self.settle(&trusted).await;
         self.archive(&trusted).await?;
         self.park_unsendable(&trusted).await?;
         self.hand_over_drained(&trusted).await?;
@@ -224,7 +232,9 @@ impl Worker {
                 rows = self.window.len(),
                 "lease not renewed in time: giving up what is in flight"
             );
-            self.publisher.purge();
+            if !self.settings.fencing {
+                self.publisher.purge();
+            }
             while self.publisher.report_now().is_some() {}
         }
         self.window.clear();
@@ -232,6 +242,7 @@ impl Worker {
         self.unsendable.clear();
         self.refused.clear();
         self.terms.clear();
+        self.break_transaction();
         (self.flying, self.on_trial) = (None, None);
         self.marks.reset(Instant::now());
         self.claim_again_at = Instant::now();

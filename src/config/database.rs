@@ -16,8 +16,6 @@ pub struct DatabaseConfig {
     pub pool_size: u32,
     /// How long a request waits for one before it is answered 503.
     pub acquire_timeout: Duration,
-    /// Connections of the relay and the sagas: a storm of logins must not hold them up.
-    pub relay_pool_size: u32,
 }
 
 impl DatabaseConfig {
@@ -25,7 +23,6 @@ impl DatabaseConfig {
         let seconds = Duration::from_secs;
         let pool_size = vars.number("DB_POOL_SIZE", 10, 1..=1000);
         let acquire_timeout = vars.duration("DB_ACQUIRE_TIMEOUT", seconds(3), Duration::from_millis(100)..=seconds(60));
-        let relay_pool_size = vars.number("RELAY_POOL_SIZE", 6, 2..=1000);
         let options = options(vars)?.application_name("auth-service").options([
             // A request that has waited this long has nobody waiting for it any more.
             ("statement_timeout", "15s"),
@@ -37,7 +34,7 @@ impl DatabaseConfig {
             ("tcp_keepalives_count", "3"),
             ("tcp_user_timeout", "30s"),
         ]);
-        Some(Self { options, pool_size, acquire_timeout, relay_pool_size })
+        Some(Self { options, pool_size, acquire_timeout })
     }
 }
 
@@ -49,7 +46,6 @@ impl fmt::Debug for DatabaseConfig {
             .field("database", &self.options.get_database())
             .field("pool_size", &self.pool_size)
             .field("acquire_timeout", &self.acquire_timeout)
-            .field("relay_pool_size", &self.relay_pool_size)
             .finish_non_exhaustive()
     }
 }

@@ -88,6 +88,9 @@ pub async fn judge(fleet: Fleet, keepers: Vec<Keeper>, expected: Expected) -> Ve
     let seen = kafka::read_all(&fleet.brokers, &topics).await;
     let first = first_occurrences(&mut verdict, &seen);
     order(&mut verdict, &first);
+    if fleet.fenced {
+        no_late_copies(&mut verdict, &fleet, &seen).await;
+    }
     nothing_lost(&mut verdict, &fleet, &first).await;
     at_rest(&mut verdict, &fleet, expected).await;
     fleet.end().await;
@@ -138,6 +141,27 @@ fn order(verdict: &mut Verdict, first: &[&Seen]) {
         if gaps > 0 {
             verdict.reordered += 1;
             verdict.findings.push(format!("key {key}: {numbers:?} is out, with a gap"));
+        }
+    }
+}
+
+/// A relay that was fenced off appends nothing: a copy may stand before the message that the archive
+/// names, sent by an owner that died between the broker's answer and its own COMMIT, and never behind it.
+async fn no_late_copies(verdict: &mut Verdict, fleet: &Fleet, seen: &[Seen]) {
+    let archived: Vec<(Uuid, i32, i64)> =
+        sqlx::query_as("select message_id, partition, \"offset\" from outbox_archive where replay_of is null")
+            .fetch_all(&fleet.db)
+            .await
+            .expect("the archive");
+    let places: BTreeMap<String, (i32, i64)> =
+        archived.into_iter().map(|(id, partition, offset)| (id.to_string(), (partition, offset))).collect();
+    for message in seen {
+        let late = places.get(message.header("ce_id")).is_some_and(|&(partition, offset)| {
+            (message.partition, message.offset) > (partition, offset) || message.partition != partition
+        });
+        if late {
+            let Seen { topic, partition, offset, .. } = message;
+            verdict.findings.push(format!("{topic} {partition} {offset}: a relay that was fenced off sent a copy"));
         }
     }
 }

@@ -67,6 +67,8 @@ pub struct Fleet {
     pub told: Mutex<Told>,
     /// How many events may be in flight at each disturbance, all together: so many copies are allowed.
     pub allowed: AtomicU64,
+    /// No copy may stand behind the message the archive names.
+    pub fenced: bool,
     vars: Vec<(String, String)>,
     name: String,
     client: reqwest::Client,
@@ -139,6 +141,7 @@ impl Fleet {
                 ("HASH_MAX_WAIT", "60s"),
                 ("SAGA_STEP_TIMEOUT", "4s"),
                 ("SAGA_RESOLVE_BACKOFF", "500ms"),
+                ("RELAY_FENCING", if stage.fenced() { "true" } else { "false" }),
             ],
         );
         if let Some(other) = &other {
@@ -154,6 +157,7 @@ impl Fleet {
             prefix,
             told: Mutex::default(),
             allowed: AtomicU64::new(0),
+            fenced: stage.fenced(),
             vars,
             name: format!("{}-{}", stage.name.replace([':', ' '], "_"), stage.seed),
             client: reqwest::Client::builder().timeout(Duration::from_secs(15)).build().expect("a client"),

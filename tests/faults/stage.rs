@@ -20,6 +20,11 @@ impl Stage {
         Self { name, seed, full, dice: StdRng::seed_from_u64(mixed) }
     }
 
+    /// Whether the relays fence each other off at the broker.
+    pub fn fenced(&self) -> bool {
+        self.name.starts_with("fenced: ")
+    }
+
     /// `short` seconds, or `long` ones in the full form.
     pub fn seconds(&self, short: u64, long: u64) -> Duration {
         Duration::from_secs(if self.full { long } else { short })

@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use outbox_relay::{KafkaSettings, NewMessage, Relay, RelaySettings, Replayed, SESSION, Wake, admin, append, lane_of, replay};
+use outbox_relay::{
+    KafkaSettings, NewMessage, Relay, RelaySettings, Replayed, SESSION, Wake, admin, append, lane_of, replay,
+};
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -78,6 +80,7 @@ impl Outbox {
             batch: BATCH,
             workers: 2,
             poll: Duration::from_millis(100),
+            fencing: false,
         };
         let stop = CancellationToken::new();
         let relay = Relay::new(pool, settings, Wake::default());

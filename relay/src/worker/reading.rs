@@ -92,7 +92,7 @@ impl Worker {
     }
 
     /// Rows that were read are left where they are for now.
-    fn look_again(&mut self) {
+    pub(super) fn look_again(&mut self) {
         self.marks.reset(Instant::now());
         self.claim_again_at = Instant::now();
     }

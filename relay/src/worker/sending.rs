@@ -1,6 +1,6 @@
 //! From the window to the broker, and what comes back.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::time::timeout_at;
 
@@ -11,7 +11,7 @@ use crate::{
     fault::Fault,
     fault_points,
     lanes::Trusted,
-    publisher::{Failure, NotEnqueued, Publisher, Report},
+    publisher::{Failure, NotEnqueued, Report},
     relay::jitter,
 };
 
@@ -20,7 +20,7 @@ impl Worker {
     /// large, so a row that was refused goes again with nothing else in flight: then it is the one, or not.
     pub(super) fn send_ready(&mut self) {
         self.alone &= self.window.in_flight() > 0;
-        while !self.alone {
+        while !self.alone && self.may_send() {
             let others = self.window.in_flight() > 0;
             let Some(row) = self.window.next_to_send() else { return };
             let (row_id, alone) = (row.id, self.refused.contains(&row.id));
@@ -75,7 +75,7 @@ impl Worker {
 
     /// Takes one report in. `Some(true)`: the broker has the row; `Some(false)`: the broker or the
     /// way to it failed; `None`: nothing that tells about the broker.
-    fn reported(&mut self, report: Report) -> Option<bool> {
+    pub(super) fn reported(&mut self, report: Report) -> Option<bool> {
         match report.result {
             Ok(place) => {
                 let row = self.window.acknowledged(report.row_id)?;
@@ -110,6 +110,7 @@ impl Worker {
         metrics::counter!("outbox_publish_errors_total", "fault" => failure.fault.as_str()).increment(1);
         let now = Instant::now();
         self.window.evict(&row.key);
+        self.break_transaction();
         self.survived.insert(row.lane);
         self.marks.reset(now);
         match failure.fault {
@@ -142,11 +143,12 @@ impl Worker {
     fn replace_producer(&mut self, reason: &str) {
         tracing::error!(worker = self.index, reason, "the Kafka producer is dead; making a new one");
         metrics::counter!("outbox_producers_replaced_total").increment(1);
-        match Publisher::new(
-            &self.settings.kafka,
-            self.settings.batch,
-            self.settings.lease.max(Duration::from_secs(10)),
-        ) {
+        self.breaker.failed(Instant::now(), jitter());
+        if self.settings.fencing {
+            // The transaction is broken, can't be aborted, and the next fence brings a new one.
+            return;
+        }
+        match self.settings.publisher(None) {
             Ok(publisher) => {
                 let dead = std::mem::replace(&mut self.publisher, publisher);
                 std::thread::spawn(move || drop(dead));
@@ -154,6 +156,5 @@ impl Worker {
             Err(error) => tracing::error!(%error, "no new producer"),
         }
         self.window.evict_unsent();
-        self.breaker.failed(Instant::now(), jitter());
     }
 }

@@ -19,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub fn scenarios() -> Vec<Scenario> {
     vec![
         scenario!("the broker killed and started", "kill -9 under load, started on its data", killed).on_own_broker(),
+        scenario!("fenced: the broker killed and started", "with transactions open", killed).on_own_broker(),
+        scenario!("fenced: the broker cut off, again and again", "with transactions open", cut).on_own_broker(),
         scenario!("the broker falls silent", "connections stay, nothing passes", silent).on_own_broker(),
         scenario!("the broker cut off, again and again", "every connection closed, new ones too", cut).on_own_broker(),
         scenario!("connections reset in the middle of a batch", "half a request arrives", reset).on_own_broker(),

@@ -28,6 +28,9 @@ pub fn scenarios() -> Vec<Scenario> {
         scenario!("kill sagas::offset_stored", "the consumer, before the offset is committed", consumer),
         scenario!("kill sagas::resolving", "whoever asks, before the question", asker),
         scenario!("kill sagas::asked", "whoever asks, before the answer is noted", asker),
+        scenario!("fenced: kill relay::enqueued", "the relay, a message in an open transaction", relay),
+        scenario!("fenced: kill relay::acknowledged", "the relay, acknowledged and not committed", relay),
+        scenario!("fenced: kill relay::settled", "the relay, committed at the broker and not archived", relay),
         scenario!("panic in the relay's worker", "a worker dies, its process lives", worker),
     ]
 }
@@ -88,7 +91,7 @@ async fn worker(mut stage: Stage) -> Verdict {
 
 /// The place this scenario is named after, struck after a few passings.
 fn armed(stage: &mut Stage, most: u64) -> String {
-    let place = stage.name.trim_start_matches("kill ");
+    let place = stage.name.trim_start_matches("fenced: ").trim_start_matches("kill ");
     format!("{place}={}*off->return", stage.roll(0, most))
 }
 

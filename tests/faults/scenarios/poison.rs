@@ -19,6 +19,7 @@ pub fn scenarios() -> Vec<Scenario> {
         scenario!("a message that kills the process", "found by ever fewer in flight, and parked", kills),
         scenario!("a message too large for the client", "parked with what is behind it", too_large),
         scenario!("a message too large for the topic", "the broker refuses it, and its batch", refused),
+        scenario!("fenced: a message too large for the topic", "its transaction is refused", refused),
         scenario!("a blocked key before 10,000 others", "the others go on", blocked),
     ]
 }

@@ -16,6 +16,11 @@ use crate::{
 pub fn scenarios() -> Vec<Scenario> {
     vec![
         scenario!("a relay frozen past its lease, thawed", "SIGSTOP, take-over, SIGCONT, twice", frozen),
+        scenario!("asleep between looking and sending", "longer than its lease; the other takes over", asleep),
+        scenario!("fenced: asleep between looking and sending", "the broker refuses what it then sends", asleep),
+        scenario!("fenced: both relays frozen by turns", "not a copy of what the other has sent", frozen_by_turns),
+        scenario!("fenced: a relay killed under load, again and again", "the other takes over", killed),
+        scenario!("fenced: hand-over under load", "whole groups of lanes", handed_over),
         scenario!("both relays frozen by turns", "each is thawed into the other's lanes", frozen_by_turns),
         scenario!("a relay killed under load, again and again", "the other takes over", killed),
         scenario!("hand-over under load", "SIGTERM to one of two, and a new one joins", handed_over),
@@ -81,6 +86,20 @@ async fn frozen_by_turns(mut stage: Stage) -> Verdict {
     })
     .await;
     finish(fleet, pair.into()).await
+}
+
+/// The relay has looked whether the lanes are its own, and sends five seconds later.
+async fn asleep(mut stage: Stage) -> Verdict {
+    let fleet = Fleet::new(&stage, Wishes::default()).await;
+    let rest = fleet.process("http,sagas", "", 0);
+    let skip = stage.roll(2, 8);
+    let sleeper = fleet.process("relay", &format!("relay::claimed={skip}*off->1*sleep(5000)->off"), 1);
+    rest.until_up().await;
+    fleet.until_count("select count(distinct owner) from outbox_lanes", 1, Duration::from_secs(20)).await;
+    let other = fleet.process("relay", "", 0);
+    fleet.disturbed();
+    under_load(&fleet, &[&rest], &stage, sleep(Duration::from_secs(6))).await;
+    finish(fleet, vec![rest, sleeper, other]).await
 }
 
 async fn killed(mut stage: Stage) -> Verdict {

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer},
-    error::KafkaResult,
+    error::{KafkaError, KafkaResult},
     message::{Header, Headers, OwnedHeaders},
     producer::{FutureProducer, FutureRecord},
 };
@@ -42,28 +42,39 @@ pub async fn read_all(brokers: &str, topics: &[String]) -> Vec<Seen> {
 }
 
 fn read_blocking(brokers: &str, topics: &[String]) -> KafkaResult<Vec<Seen>> {
-    let consumer: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        .set("group.id", "reader")
-        .set("enable.auto.commit", "false")
-        .create()?;
+    let reader = |isolation: &str| -> KafkaResult<BaseConsumer> {
+        ClientConfig::new()
+            .set("bootstrap.servers", brokers)
+            .set("group.id", "reader")
+            .set("enable.auto.commit", "false")
+            .set("enable.partition.eof", "true")
+            .set("isolation.level", isolation)
+            .create()
+    };
+    let (committed, everything) = (reader("read_committed")?, reader("read_uncommitted")?);
     let wait = Duration::from_secs(10);
     let mut list = TopicPartitionList::new();
-    let mut left = 0;
     for topic in topics {
-        let metadata = consumer.fetch_metadata(Some(topic), wait)?;
+        let metadata = committed.fetch_metadata(Some(topic), wait)?;
         for partition in metadata.topics()[0].partitions() {
-            let (low, high) = consumer.fetch_watermarks(topic, partition.id(), wait)?;
+            let (_, end) = committed.fetch_watermarks(topic, partition.id(), wait)?;
+            let (_, whole_end) = everything.fetch_watermarks(topic, partition.id(), wait)?;
+            if end < whole_end {
+                // Behind a transaction that is still open there may be others that are committed.
+                return Err(KafkaError::ClientCreation(format!("{topic}: a transaction is open at {end}")));
+            }
             list.add_partition_offset(topic, partition.id(), Offset::Beginning).expect("an offset");
-            left += high - low;
         }
     }
-    consumer.assign(&list).expect("an assignment");
-    let mut seen = vec![];
-    while left > 0 {
-        let Some(message) = consumer.poll(wait) else { panic!("{left} messages can't be read") };
-        seen.push(to_seen(&message.expect("a message")));
-        left -= 1;
+    committed.assign(&list).expect("an assignment");
+    let (mut seen, mut open) = (vec![], list.count());
+    while open > 0 {
+        match committed.poll(wait) {
+            Some(Ok(message)) => seen.push(to_seen(&message)),
+            Some(Err(KafkaError::PartitionEOF(_))) => open -= 1,
+            Some(Err(error)) => panic!("the topics can't be read: {error}"),
+            None => panic!("{open} partitions can't be read to their end"),
+        }
     }
     seen.sort_by(|a, b| (&a.topic, a.partition, a.offset).cmp(&(&b.topic, b.partition, b.offset)));
     Ok(seen)
