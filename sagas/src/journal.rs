@@ -56,8 +56,8 @@ fn said(event: &Event) -> Value {
     match event {
         Event::Replied { answer: Answer::Done, .. } => json!("done"),
         Event::Replied { answer: Answer::Refused(why), .. } => json!({ "refused": why }),
-        Event::UndoReplied { refusal: None } => json!("undone"),
-        Event::UndoReplied { refusal: Some(why) } => json!({ "undoRefused": why }),
+        Event::UndoReplied { refusal: None, .. } => json!("undone"),
+        Event::UndoReplied { refusal: Some(why), .. } => json!({ "undoRefused": why }),
         Event::Published => Value::Null,
         Event::Parked { reason } => json!(reason),
         Event::Overdue { recourse } => json!(format!("{recourse:?}")),

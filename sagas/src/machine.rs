@@ -15,6 +15,43 @@ pub struct Position {
     pub step: usize,
     /// Its steps were taken back already (it is, or was, compensated).
     pub undone: bool,
+    /// The steps whose undo was refused, and has not come through since.
+    pub refused_undos: StepSet,
+}
+
+/// Steps of one saga, at most [`StepSet::MOST`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct StepSet(u64);
+
+impl StepSet {
+    /// So many steps a definition may have.
+    pub const MOST: usize = u64::BITS as usize;
+
+    /// These and that one.
+    pub fn with(self, step: usize) -> Self {
+        Self(self.0 | 1 << step)
+    }
+
+    /// These but that one.
+    pub fn without(self, step: usize) -> Self {
+        Self(self.0 & !(1 << step))
+    }
+
+    /// Whether that one is among them.
+    pub fn contains(self, step: usize) -> bool {
+        self.0 & 1 << step != 0
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Their names, in the order of the definition.
+    pub fn names(self, definition: &Definition) -> Vec<&'static str> {
+        let named = definition.steps.iter().enumerate();
+        named.filter(|(step, _)| self.contains(*step)).map(|(_, step)| step.name).collect()
+    }
 }
 
 /// Something that happened.
@@ -29,6 +66,8 @@ pub enum Event {
     },
     /// A reply to an undo command.
     UndoReplied {
+        /// The step it would undo.
+        step: usize,
         /// `None`: undone. `Some`: refused, with the reason.
         refusal: Option<String>,
     },
@@ -111,6 +150,8 @@ pub struct Transition {
     pub stuck_reason: Option<String>,
     /// What becomes of the deadline.
     pub deadline: Deadline,
+    /// The steps whose undo stands refused from now on.
+    pub refused_undos: StepSet,
 }
 
 /// What a move brings about.
@@ -173,15 +214,20 @@ pub fn decide(definition: &Definition, at: Position, event: &Event) -> Decision 
         // The undo command is behind the command in the same key: what was done late is undone.
         (Compensated, Replied { answer: Answer::Done, .. }) => Decision::Ignore(Late),
 
-        // A reply to an undo command.
-        (Compensated, UndoReplied { refusal: None }) => Decision::Ignore(Noted),
-        (Compensated, UndoReplied { refusal: Some(why) }) => {
-            Decision::Move(stuck(at, format!("the undo was refused: {why}")))
+        // A reply to an undo command. Each undo is heard for itself: that one step is undone says
+        // nothing of another, whose undo was refused.
+        (Compensated | Stuck, UndoReplied { step, .. }) if *step > at.step => Decision::Ignore(Unexpected),
+        (Compensated, UndoReplied { refusal: None, .. }) => Decision::Ignore(Noted),
+        (Compensated, UndoReplied { step, refusal: Some(why) }) => {
+            Decision::Move(undo_refused(definition, at, *step, why))
         }
-        (Stuck, UndoReplied { refusal: None }) if at.undone => {
-            Decision::Move(closed(at, Compensated, vec![], Evidence::Reply))
+        (Stuck, UndoReplied { step, refusal: None }) if at.undone => undone(definition, at, *step),
+        (Stuck, UndoReplied { step, .. }) if at.undone && at.refused_undos.contains(*step) => {
+            Decision::Ignore(Duplicate)
         }
-        (Stuck, UndoReplied { refusal: Some(_) }) if at.undone => Decision::Ignore(Duplicate),
+        (Stuck, UndoReplied { step, refusal: Some(why) }) if at.undone => {
+            Decision::Move(undo_refused(definition, at, *step, why))
+        }
         (Running | Resolving | Completed | Stuck, UndoReplied { .. }) => Decision::Ignore(Unexpected),
 
         // What the outbox says of the pending command.
@@ -240,12 +286,42 @@ fn answered(definition: &Definition, at: Position, answer: &Answer, evidence: Ev
     })
 }
 
+fn undo_refused(definition: &Definition, at: Position, step: usize, why: &str) -> Transition {
+    let others = at.refused_undos.without(step).names(definition);
+    let others = if others.is_empty() { String::new() } else { format!("; so was that of {}", others.join(", ")) };
+    let reason = format!("the undo of {} was refused: {why}{others}", definition.steps[step].name);
+    Transition { refused_undos: at.refused_undos.with(step), ..stuck(at, reason) }
+}
+
+/// An undo came through while the saga is stuck in its undoing: it is healed by the last one it
+/// waits for.
+fn undone(definition: &Definition, at: Position, step: usize) -> Decision {
+    let left = at.refused_undos.without(step);
+    if left.is_empty() {
+        Decision::Move(closed(at, Status::Compensated, vec![], Evidence::Reply))
+    } else if left == at.refused_undos {
+        Decision::Ignore(Ignored::Noted)
+    } else {
+        let reason = format!("the undo of {} was refused", left.names(definition).join(", "));
+        Decision::Move(Transition { refused_undos: left, ..stuck(at, reason) })
+    }
+}
+
 fn waiting(at: Position, to: Status, deadline: Deadline) -> Transition {
-    Transition { to, step: at.step, effects: vec![], evidence: None, stuck_reason: None, deadline }
+    Transition {
+        to,
+        step: at.step,
+        effects: vec![],
+        evidence: None,
+        stuck_reason: None,
+        deadline,
+        refused_undos: at.refused_undos,
+    }
 }
 
 fn closed(at: Position, to: Status, effects: Vec<Effect>, evidence: Evidence) -> Transition {
-    Transition { effects, evidence: Some(evidence), ..waiting(at, to, Deadline::None) }
+    let refused_undos = StepSet::default();
+    Transition { effects, evidence: Some(evidence), refused_undos, ..waiting(at, to, Deadline::None) }
 }
 
 fn stuck(at: Position, reason: String) -> Transition {
@@ -257,14 +333,30 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::flows::create_user::DEFINITION;
+    use crate::{
+        definition::{Command, Step},
+        flows::create_user::DEFINITION,
+    };
 
     fn at(status: Status) -> Position {
-        Position { status, step: 0, undone: status == Status::Compensated }
+        Position { status, step: 0, undone: status == Status::Compensated, refused_undos: StepSet::default() }
     }
 
     fn replied(answer: Answer) -> Event {
         Event::Replied { step: 0, answer }
+    }
+
+    fn undo_replied(step: usize, refusal: Option<&str>) -> Event {
+        Event::UndoReplied { step, refusal: refusal.map(str::to_owned) }
+    }
+
+    fn after(at: Position, transition: &Transition) -> Position {
+        Position {
+            status: transition.to,
+            step: transition.step,
+            undone: at.undone || transition.to == Status::Compensated,
+            refused_undos: transition.refused_undos,
+        }
     }
 
     fn next(status: Status, event: Event) -> Decision {
@@ -303,20 +395,54 @@ mod tests {
 
     #[test]
     fn a_refused_undo_needs_a_person_until_it_is_undone_after_all() {
-        let Decision::Move(stuck) = next(Status::Compensated, Event::UndoReplied { refusal: Some("no".into()) }) else {
+        let Decision::Move(stuck) = next(Status::Compensated, undo_replied(0, Some("no"))) else {
             panic!("a refused undo is not ignored");
         };
         assert_eq!(stuck.to, Status::Stuck);
-        let undone = Position { status: Status::Stuck, step: 0, undone: true };
+        let undone = after(at(Status::Compensated), &stuck);
         assert_eq!(
             decide(&DEFINITION, undone, &replied(Answer::Done)),
             Decision::Ignore(Ignored::Late),
             "a user that is gone is not completed"
         );
-        let Decision::Move(healed) = decide(&DEFINITION, undone, &Event::UndoReplied { refusal: None }) else {
+        let Decision::Move(healed) = decide(&DEFINITION, undone, &undo_replied(0, None)) else {
             panic!("the undo came through");
         };
         assert_eq!(healed.to, Status::Compensated);
+    }
+
+    /// Two steps like the one of the real flow.
+    const fn undoable(name: &'static str) -> Step {
+        const NOTHING: Command = Command { topic: "t", payload: |data| data.clone() };
+        let undo = Undo::Command { command: NOTHING, done: "t", refused: "t" };
+        Step { name, command: NOTHING, done: "t", refused: "t", either: None, undo }
+    }
+
+    static TWO_STEPS: Definition =
+        Definition { name: "two_steps", version: 1, steps: &[undoable("first"), undoable("second")] };
+
+    #[test]
+    fn the_undo_of_one_step_does_not_make_up_for_anothers() {
+        let mut position = Position { step: 1, ..at(Status::Compensated) };
+        let mut hear = |step, refusal: Option<&str>| {
+            match decide(&TWO_STEPS, position, &undo_replied(step, refusal)) {
+                Decision::Move(transition) => position = after(position, &transition),
+                Decision::Ignore(_) => {}
+                Decision::Defer => panic!("nobody is being asked"),
+            }
+            position.status
+        };
+        assert_eq!(hear(1, Some("no")), Status::Stuck);
+        assert_eq!(hear(0, None), Status::Stuck, "the first is undone, the second is not");
+        assert_eq!(hear(0, Some("no")), Status::Stuck, "and now the first is not either");
+        assert_eq!(hear(1, None), Status::Stuck);
+        assert_eq!(hear(0, None), Status::Compensated);
+    }
+
+    #[test]
+    fn an_undo_that_was_never_sent_can_not_be_refused() {
+        let refused = decide(&TWO_STEPS, at(Status::Compensated), &undo_replied(1, Some("what?")));
+        assert_eq!(refused, Decision::Ignore(Ignored::Unexpected));
     }
 
     #[test]
@@ -340,8 +466,8 @@ mod tests {
         prop_oneof![
             Just(replied(Answer::Done)),
             Just(replied(Answer::Refused("r".into()))),
-            Just(Event::UndoReplied { refusal: None }),
-            Just(Event::UndoReplied { refusal: Some("u".into()) }),
+            Just(undo_replied(0, None)),
+            Just(undo_replied(0, Some("u"))),
             Just(Event::Published),
             Just(Event::Parked { reason: "p".into() }),
             recourse.prop_map(|recourse| Event::Overdue { recourse }),
@@ -364,11 +490,7 @@ mod tests {
                 let closed = matches!(transition.to, Status::Completed | Status::Compensated);
                 prop_assert_eq!(closed, transition.evidence.is_some());
                 prop_assert_eq!(transition.to == Status::Resolving, transition.deadline == Deadline::WhileAsking);
-                position = Position {
-                    status: transition.to,
-                    step: transition.step,
-                    undone: position.undone || transition.to == Status::Compensated,
-                };
+                position = after(position, &transition);
             }
             prop_assert!(completed + compensated <= 1, "completed {} times, compensated {} times", completed, compensated);
         }

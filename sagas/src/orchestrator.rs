@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::{
     definition::{Command, Definition, Undo},
     journal::EventSource,
-    machine::{Decision, Effect, Event, Ignored, Position, Recourse, Settlement, Transition, decide},
+    machine::{Decision, Effect, Event, Ignored, Position, Recourse, Settlement, StepSet, Transition, decide},
     state::{Saga, Status},
     store::{self, LogLine, NewRow, Patience},
 };
@@ -275,7 +275,8 @@ impl<F: Flows> Orchestrator<F> {
             }
         }
         let step = definition.steps[transition.step].name;
-        if !store::advance(conn, saga, &transition, step, source.published_at, self.patience()).await? {
+        let refused_undos = transition.refused_undos.names(definition);
+        if !store::advance(conn, saga, &transition, step, &refused_undos, source.published_at, self.patience()).await? {
             return Err(SagaError::Changed(saga.saga_id));
         }
         let detail = json!({
@@ -387,7 +388,9 @@ impl<'a> Outgoing<'a> {
 
 fn position(definition: &Definition, saga: &Saga) -> Result<Position, SagaError> {
     let step = definition.step_index(&saga.step).ok_or_else(|| unknown(saga))?;
-    Ok(Position { status: saga.status, step, undone: saga.undone })
+    let refused_undos = saga.refused_undos.iter().filter_map(|name| definition.step_index(name));
+    let refused_undos = refused_undos.fold(StepSet::default(), StepSet::with);
+    Ok(Position { status: saga.status, step, undone: saga.undone, refused_undos })
 }
 
 fn unknown(saga: &Saga) -> SagaError {

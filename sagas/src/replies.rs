@@ -128,8 +128,8 @@ impl<F: Flows> Orchestrator<F> {
         };
         let event = match reply::verdict(message, meaning, &self.inner.settings.participant) {
             Ok(Verdict::Step(answer)) => Event::Replied { step, answer },
-            Ok(Verdict::Undone) => Event::UndoReplied { refusal: None },
-            Ok(Verdict::UndoRefused(why)) => Event::UndoReplied { refusal: Some(why) },
+            Ok(Verdict::Undone) => Event::UndoReplied { step, refusal: None },
+            Ok(Verdict::UndoRefused(why)) => Event::UndoReplied { step, refusal: Some(why) },
             Err(why) => return Ok(about(Outcome::Rejected, why)),
         };
         let source = EventSource { reference: Some(message_key), ..EventSource::of("reply") };

@@ -114,6 +114,8 @@ pub struct Saga {
     pub stuck_reason: Option<String>,
     /// Its steps were taken back (it may be stuck in doing so).
     pub undone: bool,
+    /// The steps whose undo was refused, and has not come through since.
+    pub refused_undos: Vec<String>,
     /// Counts everything that happened to it.
     pub revision: i64,
     /// When it began.
@@ -145,6 +147,7 @@ impl FromRow<'_, PgRow> for Saga {
             evidence: row.try_get("evidence")?,
             stuck_reason: row.try_get("stuck_reason")?,
             undone: row.try_get("undone")?,
+            refused_undos: row.try_get("refused_undos")?,
             revision: row.try_get("revision")?,
             created_at: row.try_get("created_at")?,
             updated_at: row.try_get("updated_at")?,

@@ -124,6 +124,7 @@ pub(crate) async fn advance(
     saga: &Saga,
     to: &Transition,
     step: &str,
+    refused_undos: &[&str],
     published_at: Option<DateTime<Utc>>,
     patience: Patience,
 ) -> Result<bool, sqlx::Error> {
@@ -141,6 +142,7 @@ pub(crate) async fn advance(
     let written = sqlx::query(
         "update saga_state
             set status = $3, step = $4, stuck_reason = $5, evidence = $6, undone = undone or $3 = 'compensated',
+                refused_undos = $12,
                 deadline_at = case when $7::float8 is not null
                                        then coalesce($8, clock_timestamp()) + make_interval(secs => $7)
                                    when $9::float8 is not null
@@ -163,6 +165,7 @@ pub(crate) async fn advance(
     .bind(back_off)
     .bind(asking)
     .bind(attempts)
+    .bind(refused_undos)
     .execute(conn)
     .await?;
     Ok(written.rows_affected() == 1)
