@@ -18,7 +18,7 @@ use crate::{
     machine::{Event, Recourse, Settlement},
     orchestrator::{Flows, Handled, Orchestrator, SagaError},
     state::Status,
-    store,
+    store::{self, Unpublished},
 };
 
 const BATCH: i64 = 500;
@@ -73,13 +73,12 @@ impl<F: Flows> Orchestrator<F> {
     async fn follow_publications(&self, pool: &PgPool, cursor: &mut SweepCursor) -> Result<(), SagaError> {
         let mut conn = pool.acquire().await?;
         let waiting = store::unpublished(&mut conn, cursor.0, BATCH).await?;
-        cursor.0 = if (waiting.len() as i64) < BATCH { 0 } else { waiting.last().map_or(0, |last| last.1) };
-        let rows: Vec<(i64, &str)> = waiting.iter().map(|(_, row, subject)| (*row, subject.as_str())).collect();
+        cursor.0 = if (waiting.len() as i64) < BATCH { 0 } else { waiting.last().map_or(0, |last| last.command_row) };
+        let rows: Vec<(i64, &str)> = waiting.iter().map(|saga| (saga.command_row, saga.subject.as_str())).collect();
         let what_became: HashMap<i64, Publication> = publications(&mut conn, &rows).await?;
         drop(conn);
-        for (saga_id, row, _) in &waiting {
-            let (saga_id, row) = (*saga_id, *row);
-            let (event, published_at) = match what_became.get(&row) {
+        for Unpublished { saga_id, command_row, revision, .. } in waiting {
+            let (event, published_at) = match what_became.get(&command_row) {
                 Some(Publication::Published(at)) => (Event::Published, Some(*at)),
                 Some(Publication::Parked(reason)) => (Event::Parked { reason: reason.clone() }, None),
                 // Gone from the archive by retention: it was out, so the time is up.
@@ -88,10 +87,12 @@ impl<F: Flows> Orchestrator<F> {
             };
             let source = EventSource { published_at, ..EventSource::of("deadlines") };
             let noted = self.committed(pool, async |conn| {
-                let saga = store::find(conn, saga_id).await?;
+                // A reply may have moved the saga on meanwhile: what became of this command says
+                // nothing of the next one, whose clock it must not start.
+                let saga = store::lock(conn, saga_id).await?.filter(|now| now.revision == revision);
                 // A saga that is stuck because its command is parked, and still is: nothing new.
-                let known = saga.is_some_and(|saga| saga.status == Status::Stuck && published_at.is_none());
-                if !known {
+                let news = saga.is_some_and(|saga| saga.status != Status::Stuck || published_at.is_some());
+                if news {
                     self.take_in(conn, saga_id, &event, source).await?;
                 }
                 Ok::<_, SagaError>(())

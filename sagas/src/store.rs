@@ -212,20 +212,29 @@ pub(crate) async fn log(conn: &mut PgConnection, line: LogLine<'_>) -> Result<()
     Ok(())
 }
 
+/// A saga whose command is not known to be out, as it was read.
+#[derive(Debug, sqlx::FromRow)]
+pub(crate) struct Unpublished {
+    pub saga_id: Uuid,
+    pub command_row: i64,
+    pub subject: String,
+    pub revision: i64,
+}
+
 /// Sagas whose command is not known to be out, oldest command first, after the row `after`.
 /// Young ones are left alone: their reply is likely to come before anybody needs a deadline.
 pub(crate) async fn unpublished(
     conn: &mut PgConnection,
     after: i64,
     most: i64,
-) -> Result<Vec<(Uuid, i64, String)>, sqlx::Error> {
+) -> Result<Vec<Unpublished>, sqlx::Error> {
     sqlx::query_as(
-        "(select saga_id, command_row, subject from saga_state
+        "(select saga_id, command_row, subject, revision from saga_state
            where status = 'running' and deadline_at is null and command_row > $1
              and updated_at < clock_timestamp() - interval '1 second'
            order by command_row limit $2)
          union all
-         (select saga_id, command_row, subject from saga_state
+         (select saga_id, command_row, subject, revision from saga_state
            where status = 'stuck' and stuck_reason like 'command parked:%' and command_row > $1
            order by command_row limit $2)
          order by command_row limit $2",
