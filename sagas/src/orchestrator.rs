@@ -256,8 +256,11 @@ impl<F: Flows> Orchestrator<F> {
                     LocalOutcome::Applied
                 }
                 Effect::Undo(step) => {
-                    if let Undo::Command { command, .. } = &definition.steps[step].undo {
-                        self.send(conn, &Outgoing::of(saga), definition.steps[step].name, "undo", command).await?;
+                    let step = &definition.steps[step];
+                    if let Undo::Command { command, .. } = &step.undo {
+                        let undoes = Some(message_id(saga.saga_id, step.name, "do"));
+                        let outgoing = Outgoing { causation_id: undoes, ..Outgoing::of(saga) };
+                        self.send(conn, &outgoing, step.name, "undo", command).await?;
                     }
                     LocalOutcome::Applied
                 }
@@ -296,8 +299,7 @@ impl<F: Flows> Orchestrator<F> {
         Ok(transition.to)
     }
 
-    /// Appends a command. Its id depends on the saga, the step and the direction alone: written
-    /// twice, it is the same message.
+    /// Appends a command.
     async fn send(
         &self,
         conn: &mut PgConnection,
@@ -306,7 +308,7 @@ impl<F: Flows> Orchestrator<F> {
         direction: &str,
         command: &Command,
     ) -> Result<(Uuid, i64), SagaError> {
-        let id = Uuid::new_v5(&of.saga_id, format!("{step}/{direction}").as_bytes());
+        let id = message_id(of.saga_id, step, direction);
         let mut payload = (command.payload)(of.data);
         payload["sagaId"] = json!(of.saga_id);
         payload["correlationId"] = json!(of.correlation_id);
@@ -384,6 +386,12 @@ impl<'a> Outgoing<'a> {
             causation_id: saga.command_id,
         }
     }
+}
+
+/// A command's id depends on the saga, the step and the direction alone: written twice, it is the same
+/// message.
+fn message_id(saga_id: Uuid, step: &str, direction: &str) -> Uuid {
+    Uuid::new_v5(&saga_id, format!("{step}/{direction}").as_bytes())
 }
 
 fn position(definition: &Definition, saga: &Saga) -> Result<Position, SagaError> {
