@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::value::RawValue;
 use sqlx::{Connection, PgConnection, types::Json};
 use uuid::Uuid;
@@ -29,6 +29,17 @@ pub(crate) struct PendingRow {
     pub published_seq: i64,
     /// An earlier message of this key is parked.
     pub blocked: bool,
+}
+
+impl PendingRow {
+    /// The headers that are known only now, beside those the row was stored with.
+    pub(crate) fn own_headers(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let own = [
+            ("ce_time", self.created_at.to_rfc3339_opts(SecondsFormat::Micros, true)),
+            ("aggregate-seq", self.seq.to_string()),
+        ];
+        own.into_iter().chain(self.replay_of.map(|of| ("replay-of", of.to_string())))
+    }
 }
 
 /// A row the broker has acknowledged.

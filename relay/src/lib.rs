@@ -40,6 +40,7 @@
 //! - [`archive`], [`replay()`], [`admin`]: for those who operate.
 //! - [`inbox`]: the receiving side.
 //! - [`fault_points`]: where the fault suite strikes.
+//! - `test_kit` (with the feature `test-kit`): a relay without a broker.
 
 pub mod admin;
 pub mod archive;
@@ -56,6 +57,8 @@ mod outbox;
 mod publisher;
 mod relay;
 mod replay;
+#[cfg(feature = "test-kit")]
+pub mod test_kit;
 mod wake;
 mod window;
 mod worker;

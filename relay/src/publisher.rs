@@ -234,15 +234,8 @@ impl Publisher {
 /// The stored headers, and those that only the database knew.
 fn headers_of(row: &PendingRow) -> Result<OwnedHeaders, serde_json::Error> {
     let mut headers = serde_json::Deserializer::from_str(row.headers.get()).deserialize_map(StoredHeaders)?;
-    let own = [
-        ("ce_time", Some(row.created_at.to_rfc3339_opts(chrono::SecondsFormat::Micros, true))),
-        ("aggregate-seq", Some(row.seq.to_string())),
-        ("replay-of", row.replay_of.map(|of| of.to_string())),
-    ];
-    for (key, value) in &own {
-        if value.is_some() {
-            headers = headers.insert(Header { key, value: value.as_ref() });
-        }
+    for (key, value) in row.own_headers() {
+        headers = headers.insert(Header { key, value: Some(&value) });
     }
     Ok(headers)
 }
