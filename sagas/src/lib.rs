@@ -12,6 +12,7 @@
 //!   the other service is asked. Only where nobody can be asked does a configured policy decide.
 //! - A compensation takes back what was done here and, in the same transaction, sends the undo
 //!   command behind the command on the same key: a step that is carried out late is undone.
+//! - A refused undo makes its saga stuck, until that very undo comes through.
 //! - Every message that was taken from Kafka is in the inbox; what had no effect is kept with its
 //!   bytes and the reason, and never stops its partition.
 //!
@@ -29,6 +30,7 @@
 //! - [`reply`]: read a reply, pure; `replies`: take one in; `consumer`: from Kafka.
 //! - [`deadlines`]: what is done about silence.
 //! - [`admin`]: what operators see.
+//! - `suite` (with the feature `suite`): what every flow has to pass, for the tests of whoever writes one.
 
 pub mod admin;
 mod consumer;
@@ -42,6 +44,8 @@ mod replies;
 pub mod reply;
 pub mod state;
 pub mod store;
+#[cfg(feature = "suite")]
+pub mod suite;
 
 pub use consumer::ConsumerSettings;
 pub use definition::Definition;

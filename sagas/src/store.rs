@@ -275,6 +275,21 @@ pub(crate) async fn overdue_now(conn: &mut PgConnection, saga_id: Uuid) -> Resul
     .await
 }
 
+/// Lets an hour pass for this saga alone, so that tests need not wait for its clocks.
+#[cfg(feature = "suite")]
+pub(crate) async fn age(conn: &mut PgConnection, saga_id: Uuid) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update saga_state
+            set updated_at = updated_at - interval '1 hour', deadline_at = deadline_at - interval '1 hour',
+                resolver_until = resolver_until - interval '1 hour'
+          where saga_id = $1",
+    )
+    .bind(saga_id)
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

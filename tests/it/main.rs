@@ -17,6 +17,7 @@ mod http;
 mod registration;
 mod relay;
 mod replicas;
+mod saga_suite;
 mod sagas;
 mod sessions;
 mod sign_in;
