@@ -75,6 +75,8 @@ pub(crate) struct Worker {
     flying: Option<OwnedRwLockReadGuard<()>>,
     /// Held while the window has the one row that is on trial.
     on_trial: Option<OwnedRwLockWriteGuard<()>>,
+    /// Rows that were on trial when the lease ran out, and did not kill us.
+    acquitted: Vec<i64>,
 }
 
 /// What a step came to.
@@ -123,6 +125,7 @@ impl Worker {
             trials,
             flying: None,
             on_trial: None,
+            acquitted: Vec::new(),
         }
     }
 
@@ -189,6 +192,7 @@ impl Worker {
             return Ok(Outcome::RestUntil(Instant::now() + Duration::from_millis(100)));
         };
         self.follow_ownership(&trusted);
+        self.acquit().await?;
         if !self.fence_is_up(&trusted).await? {
             return Ok(self.outcome(trusted.paused));
         }
@@ -237,6 +241,9 @@ impl Worker {
             }
             while self.publisher.report_now().is_some() {}
         }
+        if self.on_trial.is_some() {
+            self.acquitted.extend(self.window.row_ids());
+        }
         self.window.clear();
         self.sent.clear();
         self.unsendable.clear();
@@ -246,6 +253,17 @@ impl Worker {
         (self.flying, self.on_trial) = (None, None);
         self.marks.reset(Instant::now());
         self.claim_again_at = Instant::now();
+    }
+
+    /// A relay that was taken for dead and lives did not die of the row it had on trial. Whoever has the lane
+    /// now must not park it for that.
+    async fn acquit(&mut self) -> Result<(), sqlx::Error> {
+        while let Some(&row_id) = self.acquitted.last() {
+            let mut conn = self.pool.acquire().await?;
+            delivery::acquit(&mut conn, row_id).await?;
+            self.acquitted.pop();
+        }
+        Ok(())
     }
 
     /// Forgets rows of lanes that are not ours any more, or are ours again under a new term.

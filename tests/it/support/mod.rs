@@ -4,6 +4,7 @@ pub mod browser;
 pub mod kafka;
 pub mod original;
 pub mod outage;
+pub mod outbox;
 pub mod parts;
 pub mod process;
 pub mod service;
