@@ -53,6 +53,8 @@ pub mod inbox;
 mod lanes;
 mod low_marks;
 mod message;
+#[cfg(test)]
+mod model;
 mod outbox;
 mod publisher;
 mod relay;

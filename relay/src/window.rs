@@ -14,6 +14,7 @@ use crate::{delivery::PendingRow, message::lane_of};
 
 /// Rows between "read from the outbox" and "moved to the archive".
 #[derive(Debug, Default)]
+#[cfg_attr(test, derive(Clone))]
 pub(crate) struct Window {
     runs: HashMap<Arc<str>, Run>,
     /// Keys whose first waiting row may be sent, in the order they became ready.
@@ -25,6 +26,7 @@ pub(crate) struct Window {
 
 /// One key's rows, in order.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 struct Run {
     waiting: VecDeque<PendingRow>,
     in_flight: Option<PendingRow>,
@@ -201,6 +203,30 @@ impl Window {
     /// Rows held of one lane.
     pub(crate) fn len_of_lane(&self, lane: i16) -> usize {
         self.keys.values().filter(|key| lane_of(key) == lane).count()
+    }
+}
+
+/// All that tells one window from another, by row ids: each key's waiting rows, row in flight, count of
+/// sent rows and next number; then who is ready, and the rows held.
+#[cfg(test)]
+type Snapshot<'a> = (Vec<(&'a str, Vec<i64>, Option<i64>, usize, i64)>, Vec<&'a str>, Vec<i64>);
+
+#[cfg(test)]
+impl Window {
+    /// For the model, which has to know whether it was here before.
+    pub(crate) fn snapshot(&self) -> Snapshot<'_> {
+        let mut runs: Vec<_> = self
+            .runs
+            .iter()
+            .map(|(key, run)| {
+                let waiting = run.waiting.iter().map(|row| row.id).collect();
+                (key.as_str(), waiting, run.in_flight.as_ref().map(|row| row.id), run.sent, run.next_seq)
+            })
+            .collect();
+        runs.sort_unstable();
+        let mut ids = self.row_ids();
+        ids.sort_unstable();
+        (runs, self.ready.iter().map(String::as_str).collect(), ids)
     }
 }
 
