@@ -39,6 +39,7 @@
 //! - `fault`, `breaker`, `holds`, `low_marks`: small pure decisions.
 //! - [`archive`], [`replay()`], [`admin`]: for those who operate.
 //! - [`inbox`]: the receiving side.
+//! - `model`, in tests alone: two relays, a database, a broker and a network in every order of events.
 //! - [`fault_points`]: where the fault suite strikes.
 //! - `test_kit` (with the feature `test-kit`): a relay without a broker.
 

@@ -220,13 +220,13 @@ impl Window {
             .iter()
             .map(|(key, run)| {
                 let waiting = run.waiting.iter().map(|row| row.id).collect();
-                (key.as_str(), waiting, run.in_flight.as_ref().map(|row| row.id), run.sent, run.next_seq)
+                (&**key, waiting, run.in_flight.as_ref().map(|row| row.id), run.sent, run.next_seq)
             })
             .collect();
         runs.sort_unstable();
         let mut ids = self.row_ids();
         ids.sort_unstable();
-        (runs, self.ready.iter().map(String::as_str).collect(), ids)
+        (runs, self.ready.iter().map(|key| &**key).collect(), ids)
     }
 }
 

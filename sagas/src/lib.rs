@@ -31,6 +31,8 @@
 //! - [`deadlines`]: what is done about silence.
 //! - [`admin`]: what operators see.
 //! - `suite` (with the feature `suite`): what every flow has to pass, for the tests of whoever writes one.
+//!
+//! `tests/model` runs the machine in every order of events there is.
 
 pub mod admin;
 mod consumer;

@@ -76,11 +76,11 @@ impl Database {
         PendingRow {
             id,
             lane: lane_of(&KEYS[row.key]),
-            key: KEYS[row.key].clone(),
+            key: KEYS[row.key].as_str().into(),
             seq: row.seq,
             topic: String::new(),
             payload: vec![],
-            headers: Json(Default::default()),
+            headers: Json(serde_json::value::RawValue::NULL.to_owned()),
             replay_of: None,
             created_at: DateTime::UNIX_EPOCH,
             published_seq: self.published_seq(row.key),
