@@ -37,7 +37,7 @@
 //! - [`Relay`] (`relay`: processes and workers; `worker`: one step; `window`: what may be sent now,
 //!   pure; `lanes`: who owns what; `delivery`: the SQL of it; `publisher`: Kafka).
 //! - `fault`, `breaker`, `holds`, `low_marks`: small pure decisions.
-//! - [`archive`], [`replay()`], [`admin`]: for those who operate.
+//! - [`archive`], [`replay()`], [`admin`], [`verify`]: for those who operate, and for those who audit.
 //! - [`inbox`]: the receiving side.
 //! - `model`, in tests alone: two relays, a database, a broker and a network in every order of events.
 //! - [`fault_points`]: where the fault suite strikes.
@@ -62,6 +62,7 @@ mod relay;
 mod replay;
 #[cfg(feature = "test-kit")]
 pub mod test_kit;
+pub mod verify;
 mod wake;
 mod window;
 mod worker;

@@ -1,4 +1,4 @@
-//! The Kafka producer. The only file of this crate that knows rdkafka.
+//! The Kafka producer. The only file of this crate that knows rdkafka, beside the reader of `verify`.
 //!
 //! Messages are enqueued synchronously and in order; reports come back over a channel, in whatever
 //! order the broker gives them. (The future-based producer sleeps and tries again when its queue is
@@ -61,7 +61,7 @@ pub enum PublisherError {
         reason: String,
     },
     /// The client could not be made.
-    #[error("the Kafka producer could not be started: {0}")]
+    #[error("the Kafka client could not be started: {0}")]
     Client(String),
 }
 
@@ -151,10 +151,7 @@ impl Publisher {
                 // A transaction can't begin before the broker is done with the last one, which takes it a moment.
                 .set("retry.backoff.ms", "10");
         }
-        let producer = config.create_with_context(Reports(sender)).map_err(|error| match error {
-            KafkaError::ClientConfig(_, reason, property, _) => PublisherError::Refused { property, reason },
-            other => PublisherError::Client(other.to_string()),
-        })?;
+        let producer = config.create_with_context(Reports(sender)).map_err(refused)?;
         Ok(Self { producer, reports })
     }
 
@@ -259,6 +256,14 @@ impl<'de> Visitor<'de> for StoredHeaders {
             headers = headers.insert(Header { key: &key, value: Some(&*value) });
         }
         Ok(headers)
+    }
+}
+
+/// Why no client could be made, without the value that was refused.
+pub(crate) fn refused(error: KafkaError) -> PublisherError {
+    match error {
+        KafkaError::ClientConfig(_, reason, property, _) => PublisherError::Refused { property, reason },
+        other => PublisherError::Client(other.to_string()),
     }
 }
 
