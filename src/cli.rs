@@ -14,7 +14,9 @@ use clap::{Parser, Subcommand};
 use crate::{
     app::{self, Role},
     config::{self, Config, ConfigErrors, Profile},
-    crypto, migrations, shutdown, telemetry,
+    crypto, migrations,
+    outbox_command::OutboxCommand,
+    shutdown, telemetry,
 };
 
 /// Authentication for microservice systems whose registrations never get lost or left half-done.
@@ -52,6 +54,9 @@ enum Command {
     /// Tokens for the admin port
     #[command(subcommand)]
     AdminToken(AdminToken),
+    /// The outbox and its archive
+    #[command(subcommand)]
+    Outbox(OutboxCommand),
     /// Say every configuration error at once, secrets redacted; exit 2 when something is wrong
     CheckConfig,
     /// Exit 0 when the local instance is ready (for container health checks)
@@ -89,9 +94,13 @@ enum AdminToken {
 }
 
 /// How a command ended badly.
-enum Failure {
+pub(crate) enum Failure {
     /// Exit 2: the configuration.
     Config(ConfigErrors),
+    /// Exit 2: what was typed, where only more than its words shows it.
+    Usage(String),
+    /// Exit 4: nothing was found out, for commands whose exit code 1 says that something was.
+    NotDone(anyhow::Error),
     /// Exit 1: anything else.
     Other(anyhow::Error),
 }
@@ -122,6 +131,14 @@ fn fail(failure: Failure) -> ExitCode {
             eprintln!("{errors}");
             ExitCode::from(2)
         }
+        Failure::Usage(problem) => {
+            eprintln!("auth-service: {problem}");
+            ExitCode::from(2)
+        }
+        Failure::NotDone(error) => {
+            eprintln!("auth-service: {error:#}");
+            ExitCode::from(4)
+        }
         Failure::Other(error) => {
             eprintln!("auth-service: {error:#}");
             ExitCode::FAILURE
@@ -148,6 +165,7 @@ async fn dispatch(command: Command) -> Result<ExitCode, Failure> {
             print!("{}", crate::admin::auth::new_token(&name, &scopes)?);
             Ok(ExitCode::SUCCESS)
         }
+        Command::Outbox(command) => command.run().await,
         Command::CheckConfig => {
             let config = configuration()?;
             print!("{}", config.summary());
@@ -163,7 +181,9 @@ fn configuration() -> Result<Config, Failure> {
 }
 
 /// Reads the environment; what is wrong with `.env` stands beside everything else that is wrong.
-fn from_environment<T>(read: impl FnOnce(BTreeMap<String, String>) -> Result<T, ConfigErrors>) -> Result<T, Failure> {
+pub(crate) fn from_environment<T>(
+    read: impl FnOnce(BTreeMap<String, String>) -> Result<T, ConfigErrors>,
+) -> Result<T, Failure> {
     let (vars, mut errors) = config::environment();
     match read(vars) {
         Ok(read) if errors.is_empty() => Ok(read),

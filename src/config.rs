@@ -110,7 +110,7 @@ impl Config {
             vars.duration("SHUTDOWN_DRAIN", Duration::from_secs(5), Duration::ZERO..=Duration::from_secs(300));
         let log_format = vars.choice("LOG_FORMAT", &[("text", LogFormat::Text), ("json", LogFormat::Json)]);
         let log_filter = vars.text("RUST_LOG", "info,librdkafka=warn,tokio_cron_scheduler=warn");
-        let sender = vars.text("KAFKA_EVENT_SOURCE", "auth-service");
+        let sender = sender(&mut vars);
         if let (Some(http), Some(grpc), Some(admin)) = (&http, &grpc, &admin) {
             distinct_ports(
                 &mut vars,
@@ -166,13 +166,39 @@ pub fn http_listen(vars: impl IntoIterator<Item = (String, String)>) -> Result<S
     }
 }
 
-/// The database alone: all that `migrate` and the operators' commands have to know.
+/// The database alone: all that `migrate` has to know.
 pub fn database(vars: impl IntoIterator<Item = (String, String)>) -> Result<DatabaseConfig, ConfigErrors> {
     let mut vars = Vars::new(vars, Profile::Production);
     match DatabaseConfig::read(&mut vars) {
         Some(database) if vars.errors.is_empty() => Ok(database),
         _ => Err(ConfigErrors(vars.errors)),
     }
+}
+
+/// Where events are and where they go: all that `outbox verify` has to know.
+#[derive(Debug, Clone)]
+pub struct OutboxPlaces {
+    /// PostgreSQL.
+    pub database: DatabaseConfig,
+    /// Kafka.
+    pub kafka: KafkaConfig,
+    /// Who sends our events.
+    pub sender: String,
+}
+
+/// Reads them.
+pub fn outbox_places(vars: impl IntoIterator<Item = (String, String)>) -> Result<OutboxPlaces, ConfigErrors> {
+    let mut vars = Vars::new(vars, Profile::Production);
+    let (database, kafka) = (DatabaseConfig::read(&mut vars), KafkaConfig::read(&mut vars));
+    let sender = sender(&mut vars);
+    match (database, kafka) {
+        (Some(database), Some(kafka)) if vars.errors.is_empty() => Ok(OutboxPlaces { database, kafka, sender }),
+        _ => Err(ConfigErrors(vars.errors)),
+    }
+}
+
+fn sender(vars: &mut Vars) -> String {
+    vars.text("KAFKA_EVENT_SOURCE", "auth-service")
 }
 
 fn distinct_ports(vars: &mut Vars, listeners: [(&'static str, SocketAddr); 3]) {

@@ -15,6 +15,7 @@ pub mod health;
 pub mod housekeeping;
 pub mod http;
 pub mod migrations;
+mod outbox_command;
 pub mod participants;
 pub mod sessions;
 pub mod shutdown;
