@@ -185,7 +185,7 @@ async fn the_timeline_of_a_saga_tells_how_it_ended() {
 
 impl TestService {
     /// The row of a key's one event, once it is in the archive.
-    async fn until_published(&self, key: &str) -> i64 {
+    pub async fn until_published(&self, key: &str) -> i64 {
         eventually(&format!("the event of {key} is out"), || async {
             sqlx::query_scalar("select id from outbox_archive where key = $1")
                 .bind(key)

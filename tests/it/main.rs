@@ -24,3 +24,4 @@ mod saga_suite;
 mod sagas;
 mod sessions;
 mod sign_in;
+mod verify;

@@ -97,10 +97,25 @@ fn to_seen<M: Message>(message: &M) -> Seen {
 
 /// Sends one message as another service would.
 pub async fn send(brokers: &str, topic: &str, key: &str, headers: &[(&str, &str)], payload: &[u8]) {
+    send_record(brokers, FutureRecord::to(topic).key(key).payload(payload), headers).await;
+}
+
+/// Sends one message to a partition. Answers with its offset.
+pub async fn send_to(
+    brokers: &str,
+    (topic, partition): (&str, i32),
+    key: &str,
+    headers: &[(&str, &str)],
+    payload: &[u8],
+) -> i64 {
+    send_record(brokers, FutureRecord::to(topic).partition(partition).key(key).payload(payload), headers).await
+}
+
+async fn send_record(brokers: &str, record: FutureRecord<'_, str, [u8]>, headers: &[(&str, &str)]) -> i64 {
     let producer: FutureProducer = ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a producer");
     let headers = headers
         .iter()
         .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: Some(*value) }));
-    let record = FutureRecord::to(topic).key(key).payload(payload).headers(headers);
-    producer.send(record, Duration::from_secs(10)).await.expect("the message is sent");
+    let sent = producer.send(record.headers(headers), Duration::from_secs(10)).await;
+    sent.expect("the message is sent").offset
 }

@@ -111,6 +111,11 @@ impl Parts {
         }
     }
 
+    /// Whether it is the embedded broker: no admin API, no transactions, no look-up by time.
+    pub fn is_embedded(&self) -> bool {
+        matches!(self.kafka, Kafka::Embedded(_))
+    }
+
     pub async fn create_topics(&self, names: &[String]) {
         match &self.kafka {
             Kafka::Real { brokers, .. } => {
