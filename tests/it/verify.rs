@@ -243,6 +243,26 @@ async fn a_message_of_ours_that_no_row_knows_contradicts_and_a_foreign_one_does_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_the_database_knows_beside_the_window_vouches_for_its_messages() {
+    let traffic = Traffic::new().await;
+    traffic
+        .sql("update outbox_archive set published_at = now() - interval '2 hours' where key = 'a' and seq = 1")
+        .await;
+    traffic
+        .sql(
+            "with gone as (delete from outbox_archive where key = 'b' and seq = 3 returning *)
+             insert into outbox_parked (id, lane, key, seq, message_id, topic, payload, headers, created_at, reason)
+             select id, lane, key, seq, message_id, topic, payload, headers, created_at, 'its fate was unclear'
+               from gone",
+        )
+        .await;
+    let (code, report) = traffic.verify().await;
+    assert_eq!((code, totals(&report)), (0, figures([("notArchived", 1), ("parked", 1), ("proven", 7)])));
+    assert_eq!(report["totals"]["outside"], 1);
+    traffic.service.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn copies_and_replays_are_counted_apart_and_contradict_nothing() {
     let traffic = Traffic::new().await;
     let c1 = traffic.first_of("c").await;
