@@ -88,9 +88,11 @@ pub(crate) async fn claim(
            from unnest($1::smallint[], $2::bigint[], $3::bigint[]) as l(lane, low, most)
           cross join lateral (
                 select o.id, o.lane, o.key, o.seq, o.topic, o.payload, o.headers, o.replay_of, o.created_at,
-                       coalesce(p.seq, 0) as published_seq, p.blocked_by is not null as blocked
+                       coalesce(p.seq, 0) as published_seq, b.key is not null as blocked
                   from outbox o
-                  left join outbox_progress p on p.key = o.key
+                  left join lateral (select seq from outbox_progress
+                                      where key = o.key order by seq desc limit 1) p on true
+                  left join outbox_blocked b on b.key = o.key
                  where o.lane = l.lane and o.id > l.low
                    and o.id <> all($4) and o.topic <> all($5) and o.key <> all($6)
                    and (cardinality($5) = 0 or o.replay_of is not null or o.seq <= coalesce(p.seq, 0) + 1)
@@ -108,6 +110,11 @@ pub(crate) async fn claim(
     // SQL promises no order across lateral joins; within a key the order of ids is the order of seq.
     rows.sort_unstable_by_key(|row| row.id);
     Ok(rows)
+}
+
+/// The newest id that was given out. What is above it did not exist when this was asked.
+pub(crate) async fn newest_id(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar("select last_value from outbox_id_seq").fetch_one(conn).await
 }
 
 /// Moves acknowledged rows to the archive and notes how far their keys are out. Answers with the
@@ -143,10 +150,12 @@ pub(crate) async fn finish(
              select id, lane, key, seq, message_id, topic, payload, headers, saga_id,
                     replay_of, created_at, partition, \"offset\", $1, term
                from gone
+         ), stepped as materialized (
+             select key, min(seq) - 1 as before, max(seq) as seq from gone where replay_of is null group by key
+         ), left_behind as (
+             delete from outbox_progress p using stepped s where p.key = s.key and p.seq = s.before
          ), progressed as (
-             insert into outbox_progress as p (key, seq)
-             select key, max(seq) from gone where replay_of is null group by key
-             on conflict (key) do update set seq = excluded.seq where p.seq < excluded.seq
+             insert into outbox_progress (key, seq) select key, seq from stepped on conflict do nothing
          )
          select id from gone",
     )
@@ -216,15 +225,14 @@ pub(crate) async fn park(
     if owned.is_none() {
         return Ok(0);
     }
-    // The progress row is the lock between parking here and an operator's replay: without it a row
-    // could be parked behind a head that has just left the parking lot, and wait for nothing.
+    // The key's row in outbox_blocked is the lock between parking here and an operator's replay: without
+    // it a row could be parked behind a head that has just left the parking lot, and wait for nothing.
     let head: Option<i64> = match cause {
         ParkCause::Gap { .. } if !has_gap(&mut tx, key).await? => None,
         ParkCause::Unsendable { row_id, .. } | ParkCause::Gap { row_id, .. } => {
             sqlx::query_scalar(
-                "insert into outbox_progress as p (key, seq, blocked_by) values ($1, 0, $2)
-                 on conflict (key) do update set blocked_by = coalesce(p.blocked_by, excluded.blocked_by)
-                 returning blocked_by",
+                "insert into outbox_blocked as b (key, row_id) values ($1, $2)
+                 on conflict (key) do update set row_id = b.row_id returning row_id",
             )
             .bind(key)
             .bind(row_id)
@@ -232,12 +240,10 @@ pub(crate) async fn park(
             .await?
         }
         ParkCause::Behind => {
-            sqlx::query_scalar(
-                "select blocked_by from outbox_progress where key = $1 and blocked_by is not null for update",
-            )
-            .bind(key)
-            .fetch_optional(&mut *tx)
-            .await?
+            sqlx::query_scalar("select row_id from outbox_blocked where key = $1 for update")
+                .bind(key)
+                .fetch_optional(&mut *tx)
+                .await?
         }
     };
     let Some(head) = head else { return Ok(0) };
@@ -266,7 +272,7 @@ pub(crate) async fn park(
 async fn has_gap(conn: &mut PgConnection, key: &str) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar(
         "select coalesce((select min(o.seq) from outbox o where o.key = $1 and o.replay_of is null)
-                       > coalesce((select p.seq from outbox_progress p where p.key = $1 for update), 0) + 1, false)",
+                       > coalesce((select max(p.seq) from outbox_progress p where p.key = $1), 0) + 1, false)",
     )
     .bind(key)
     .fetch_one(conn)

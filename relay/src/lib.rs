@@ -69,7 +69,7 @@ mod worker;
 
 pub use lanes::FENCES;
 pub use message::{LANES, NewMessage, lane_of};
-pub use outbox::{AppendError, Appended, Publication, append, publications};
+pub use outbox::{AppendError, Appended, ParkedOfSaga, Publication, append, parked_of_sagas, publications};
 pub use publisher::{KafkaSettings, PublisherError};
 pub use relay::{Relay, RelaySettings, SESSION};
 pub use replay::{ReplayError, Replayed, replay};

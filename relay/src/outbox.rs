@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, types::Json};
+use uuid::Uuid;
 
 use crate::message::{NewMessage, lane_of};
 
@@ -68,6 +69,31 @@ pub async fn append(conn: &mut PgConnection, message: &NewMessage) -> Result<App
     .fetch_one(conn)
     .await?;
     Ok(Appended { row_id, seq })
+}
+
+/// A parked row that belongs to a saga.
+#[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
+pub struct ParkedOfSaga {
+    /// The outbox row.
+    pub row_id: i64,
+    /// Its key.
+    pub key: String,
+    /// Its message id.
+    pub message_id: Uuid,
+    /// The saga.
+    pub saga_id: Uuid,
+}
+
+/// Parked rows that belong to sagas, oldest first, after the row `after`, `most` of them.
+pub async fn parked_of_sagas(conn: &mut PgConnection, after: i64, most: i64) -> Result<Vec<ParkedOfSaga>, sqlx::Error> {
+    sqlx::query_as(
+        "select id as row_id, key, message_id, saga_id from outbox_parked
+          where saga_id is not null and id > $1 order by id limit $2",
+    )
+    .bind(after)
+    .bind(most)
+    .fetch_all(conn)
+    .await
 }
 
 /// What became of these rows, given with their keys. A row that is in none of the outbox's tables (its

@@ -84,7 +84,7 @@ pub async fn replay(conn: &mut PgConnection, row_id: i64, force: bool) -> Result
 /// The rows keep their ids, and with them their order: whatever was appended since has higher ones.
 async fn unpark(conn: &mut PgConnection, key: &str) -> Result<Replayed, sqlx::Error> {
     // The same lock the relay takes to park behind a parked row: see `delivery::park`.
-    sqlx::query("update outbox_progress set blocked_by = null where key = $1").bind(key).execute(&mut *conn).await?;
+    sqlx::query("delete from outbox_blocked where key = $1").bind(key).execute(&mut *conn).await?;
     let mut rows: Vec<i64> = sqlx::query_scalar(
         "with freed as (delete from outbox_parked where key = $1 returning *)
          insert into outbox (id, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at)

@@ -7,7 +7,7 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use outbox_relay::{Publication, fault_points, publications};
+use outbox_relay::{Publication, fault_points, parked_of_sagas, publications};
 use sqlx::PgPool;
 use tokio::{task::JoinSet, time::sleep};
 use tokio_util::sync::CancellationToken;
@@ -16,8 +16,8 @@ use uuid::Uuid;
 use crate::{
     journal::EventSource,
     machine::{Event, Recourse, Settlement},
-    orchestrator::{Flows, Handled, Orchestrator, SagaError},
-    state::Status,
+    orchestrator::{Flows, Handled, Orchestrator, SagaError, message_id},
+    state::{Saga, Status},
     store::{self, Unpublished},
 };
 
@@ -25,9 +25,12 @@ const BATCH: i64 = 500;
 /// Questions under way at once: enough to work off an outage, not enough to start one.
 const ASKING_AT_ONCE: usize = 8;
 
-/// Where the look at unpublished commands goes on; see [`Orchestrator::sweep`].
+/// Where the look at the outbox goes on; see [`Orchestrator::sweep`].
 #[derive(Debug, Default)]
-pub struct SweepCursor(i64);
+pub struct SweepCursor {
+    commands: i64,
+    parked: i64,
+}
 
 impl<F: Flows> Orchestrator<F> {
     /// Sweeps every `every` until `shutdown`.
@@ -46,7 +49,8 @@ impl<F: Flows> Orchestrator<F> {
     /// One round: start the clocks of commands that are out, then look into what is overdue. Several
     /// replicas may sweep at once. Answers how many overdue sagas were looked into.
     pub async fn sweep(&self, pool: &PgPool, cursor: &mut SweepCursor) -> Result<usize, SagaError> {
-        self.follow_publications(pool, cursor).await?;
+        self.follow_commands(pool, &mut cursor.commands).await?;
+        self.follow_undos(pool, &mut cursor.parked).await?;
         let overdue = {
             let mut conn = pool.acquire().await?;
             store::overdue(&mut conn, BATCH).await?
@@ -70,10 +74,10 @@ impl<F: Flows> Orchestrator<F> {
 
     /// Asks the outbox what became of commands. The cursor goes round, so that rows that stay (a
     /// paused topic's, say) never keep the others from being looked at.
-    async fn follow_publications(&self, pool: &PgPool, cursor: &mut SweepCursor) -> Result<(), SagaError> {
+    async fn follow_commands(&self, pool: &PgPool, cursor: &mut i64) -> Result<(), SagaError> {
         let mut conn = pool.acquire().await?;
-        let waiting = store::unpublished(&mut conn, cursor.0, BATCH).await?;
-        cursor.0 = if (waiting.len() as i64) < BATCH { 0 } else { waiting.last().map_or(0, |last| last.command_row) };
+        let waiting = store::unpublished(&mut conn, *cursor, BATCH).await?;
+        *cursor = if (waiting.len() as i64) < BATCH { 0 } else { waiting.last().map_or(0, |last| last.command_row) };
         let rows: Vec<(i64, &str)> = waiting.iter().map(|saga| (saga.command_row, saga.subject.as_str())).collect();
         let what_became: HashMap<i64, Publication> = publications(&mut conn, &rows).await?;
         drop(conn);
@@ -104,6 +108,40 @@ impl<F: Flows> Orchestrator<F> {
             }
         }
         Ok(())
+    }
+
+    /// Asks the outbox for undo commands that can't be sent: their sagas say that they were taken back,
+    /// and are not.
+    async fn follow_undos(&self, pool: &PgPool, cursor: &mut i64) -> Result<(), SagaError> {
+        let mut conn = pool.acquire().await?;
+        let parked = parked_of_sagas(&mut conn, *cursor, BATCH).await?;
+        *cursor = if (parked.len() as i64) < BATCH { 0 } else { parked.last().map_or(0, |last| last.row_id) };
+        let saga_ids: Vec<Uuid> = parked.iter().map(|row| row.saga_id).collect();
+        let undone = if parked.is_empty() { vec![] } else { store::undone_among(&mut conn, &saga_ids).await? };
+        drop(conn);
+        for row in parked {
+            let Some(saga) = undone.iter().find(|saga| saga.saga_id == row.saga_id) else { continue };
+            let Some(step) = self.undo_not_known_open(saga, row.message_id)? else { continue };
+            self.committed(pool, async |conn| {
+                let Some(now) = store::lock(conn, row.saga_id).await? else { return Ok(()) };
+                // Looked at again under the lock: it may have been replayed, and its reply be here.
+                let became = publications(conn, &[(row.row_id, &row.key)]).await?.remove(&row.row_id);
+                if let (Some(Publication::Parked(reason)), true) = (became, now.undone) {
+                    let event = Event::UndoParked { step, reason };
+                    self.take_in(conn, row.saga_id, &event, EventSource::of("deadlines")).await?;
+                }
+                Ok::<_, SagaError>(())
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// The step whose undo command this message is, unless the saga says already that it is not undone.
+    fn undo_not_known_open(&self, saga: &Saga, message: Uuid) -> Result<Option<usize>, SagaError> {
+        let steps = self.definition(saga)?.steps;
+        let step = steps.iter().position(|step| message_id(saga.saga_id, step.name, "undo") == message);
+        Ok(step.filter(|&step| saga.refused_undos.iter().all(|name| name != steps[step].name)))
     }
 
     async fn look_into(&self, pool: &PgPool, saga_id: Uuid) -> Result<(), SagaError> {

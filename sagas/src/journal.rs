@@ -45,6 +45,7 @@ fn event_name(event: &Event) -> &'static str {
     match event {
         Event::Replied { .. } => "replied",
         Event::UndoReplied { .. } => "undo-replied",
+        Event::UndoParked { .. } => "undo-parked",
         Event::Published => "published",
         Event::Parked { .. } => "parked",
         Event::Overdue { .. } => "overdue",
@@ -59,7 +60,7 @@ fn said(event: &Event) -> Value {
         Event::UndoReplied { refusal: None, .. } => json!("undone"),
         Event::UndoReplied { refusal: Some(why), .. } => json!({ "undoRefused": why }),
         Event::Published => Value::Null,
-        Event::Parked { reason } => json!(reason),
+        Event::Parked { reason } | Event::UndoParked { reason, .. } => json!(reason),
         Event::Overdue { recourse } => json!(format!("{recourse:?}")),
         Event::Settled(settlement) => match settlement {
             Settlement::AlreadyDone => json!("already done"),

@@ -15,7 +15,7 @@ pub struct Position {
     pub step: usize,
     /// Its steps were taken back already (it is, or was, compensated).
     pub undone: bool,
-    /// The steps whose undo was refused, and has not come through since.
+    /// The steps whose undo was refused or can't be sent, and has not come through since.
     pub refused_undos: StepSet,
 }
 
@@ -70,6 +70,13 @@ pub enum Event {
         step: usize,
         /// `None`: undone. `Some`: refused, with the reason.
         refusal: Option<String>,
+    },
+    /// An undo command can't be sent.
+    UndoParked {
+        /// The step it would undo.
+        step: usize,
+        /// Why.
+        reason: String,
     },
     /// The pending command is in Kafka.
     Published,
@@ -195,7 +202,7 @@ pub enum Ignored {
 
 /// Decides what an event means for a saga of this kind that stands there.
 pub fn decide(definition: &Definition, at: Position, event: &Event) -> Decision {
-    use Event::{Overdue, Parked, Published, Replied, Settled, UndoReplied};
+    use Event::{Overdue, Parked, Published, Replied, Settled, UndoParked, UndoReplied};
     use Ignored::{Duplicate, Late, Noted, Unexpected};
     use Status::{Compensated, Completed, Resolving, Running, Stuck};
 
@@ -219,16 +226,22 @@ pub fn decide(definition: &Definition, at: Position, event: &Event) -> Decision 
         (Compensated | Stuck, UndoReplied { step, .. }) if *step > at.step => Decision::Ignore(Unexpected),
         (Compensated, UndoReplied { refusal: None, .. }) => Decision::Ignore(Noted),
         (Compensated, UndoReplied { step, refusal: Some(why) }) => {
-            Decision::Move(undo_refused(definition, at, *step, why))
+            Decision::Move(not_undone(definition, at, *step, &format!("was refused: {why}")))
         }
         (Stuck, UndoReplied { step, refusal: None }) if at.undone => undone(definition, at, *step),
         (Stuck, UndoReplied { step, .. }) if at.undone && at.refused_undos.contains(*step) => {
             Decision::Ignore(Duplicate)
         }
         (Stuck, UndoReplied { step, refusal: Some(why) }) if at.undone => {
-            Decision::Move(undo_refused(definition, at, *step, why))
+            Decision::Move(not_undone(definition, at, *step, &format!("was refused: {why}")))
         }
         (Running | Resolving | Completed | Stuck, UndoReplied { .. }) => Decision::Ignore(Unexpected),
+
+        // An undo that can't be sent undoes nothing. Replayed, it goes out, and its reply heals.
+        (Compensated | Stuck, UndoParked { step, reason }) if at.undone && !at.refused_undos.contains(*step) => {
+            Decision::Move(not_undone(definition, at, *step, &format!("can't be sent: {reason}")))
+        }
+        (Running | Resolving | Completed | Compensated | Stuck, UndoParked { .. }) => Decision::Ignore(Noted),
 
         // What the outbox says of the pending command.
         (Running, Published) => Decision::Move(waiting(at, Running, Deadline::AfterPublication)),
@@ -286,10 +299,10 @@ fn answered(definition: &Definition, at: Position, answer: &Answer, evidence: Ev
     })
 }
 
-fn undo_refused(definition: &Definition, at: Position, step: usize, why: &str) -> Transition {
+fn not_undone(definition: &Definition, at: Position, step: usize, why: &str) -> Transition {
     let others = at.refused_undos.without(step).names(definition);
-    let others = if others.is_empty() { String::new() } else { format!("; so was that of {}", others.join(", ")) };
-    let reason = format!("the undo of {} was refused: {why}{others}", definition.steps[step].name);
+    let others = if others.is_empty() { String::new() } else { format!("; nor is {} undone", others.join(", ")) };
+    let reason = format!("the undo of {} {why}{others}", definition.steps[step].name);
     Transition { refused_undos: at.refused_undos.with(step), ..stuck(at, reason) }
 }
 
@@ -302,7 +315,7 @@ fn undone(definition: &Definition, at: Position, step: usize) -> Decision {
     } else if left == at.refused_undos {
         Decision::Ignore(Ignored::Noted)
     } else {
-        let reason = format!("the undo of {} was refused", left.names(definition).join(", "));
+        let reason = format!("not undone: {}", left.names(definition).join(", "));
         Decision::Move(Transition { refused_undos: left, ..stuck(at, reason) })
     }
 }
@@ -446,6 +459,22 @@ mod tests {
     }
 
     #[test]
+    fn an_undo_that_cant_be_sent_needs_a_person_until_it_came_through() {
+        let parked = Event::UndoParked { step: 0, reason: "too large".into() };
+        let Decision::Move(stuck) = next(Status::Compensated, parked.clone()) else {
+            panic!("nothing is undone yet");
+        };
+        assert_eq!(stuck.stuck_reason.as_deref(), Some("the undo of create_profile can't be sent: too large"));
+        let position = after(at(Status::Compensated), &stuck);
+        assert_eq!(decide(&DEFINITION, position, &parked), Decision::Ignore(Ignored::Noted), "said once");
+        let Decision::Move(healed) = decide(&DEFINITION, position, &undo_replied(0, None)) else {
+            panic!("it was replayed and carried out");
+        };
+        assert_eq!(healed.to, Status::Compensated);
+        assert_eq!(next(Status::Completed, parked), Decision::Ignore(Ignored::Noted));
+    }
+
+    #[test]
     fn an_answer_that_comes_at_last_settles_a_stuck_saga() {
         let Decision::Move(transition) = next(Status::Stuck, replied(Answer::Done)) else {
             panic!("the answer it waited for");
@@ -468,6 +497,7 @@ mod tests {
             Just(replied(Answer::Refused("r".into()))),
             Just(undo_replied(0, None)),
             Just(undo_replied(0, Some("u"))),
+            Just(Event::UndoParked { step: 0, reason: "p".into() }),
             Just(Event::Published),
             Just(Event::Parked { reason: "p".into() }),
             recourse.prop_map(|recourse| Event::Overdue { recourse }),

@@ -337,7 +337,7 @@ impl<F: Flows> Orchestrator<F> {
         Ok((id, append(conn, &message).await?.row_id))
     }
 
-    fn definition(&self, saga: &Saga) -> Result<&'static Definition, SagaError> {
+    pub(crate) fn definition(&self, saga: &Saga) -> Result<&'static Definition, SagaError> {
         let known = self.inner.definitions.iter().find(|definition| definition.name == saga.name);
         known.copied().ok_or_else(|| unknown(saga))
     }
@@ -390,7 +390,7 @@ impl<'a> Outgoing<'a> {
 
 /// A command's id depends on the saga, the step and the direction alone: written twice, it is the same
 /// message.
-fn message_id(saga_id: Uuid, step: &str, direction: &str) -> Uuid {
+pub(crate) fn message_id(saga_id: Uuid, step: &str, direction: &str) -> Uuid {
     Uuid::new_v5(&saga_id, format!("{step}/{direction}").as_bytes())
 }
 

@@ -114,7 +114,7 @@ pub struct Saga {
     pub stuck_reason: Option<String>,
     /// Its steps were taken back (it may be stuck in doing so).
     pub undone: bool,
-    /// The steps whose undo was refused, and has not come through since.
+    /// The steps whose undo was refused or can't be sent, and has not come through since.
     pub refused_undos: Vec<String>,
     /// Counts everything that happened to it.
     pub revision: i64,

@@ -245,6 +245,11 @@ pub(crate) async fn unpublished(
     .await
 }
 
+/// Those of these sagas whose steps were taken back.
+pub(crate) async fn undone_among(conn: &mut PgConnection, saga_ids: &[Uuid]) -> Result<Vec<Saga>, sqlx::Error> {
+    sqlx::query_as("select * from saga_state where saga_id = any($1) and undone").bind(saga_ids).fetch_all(conn).await
+}
+
 /// Sagas whose deadline has passed, and sagas whose asker has vanished.
 pub(crate) async fn overdue(conn: &mut PgConnection, most: i64) -> Result<Vec<Uuid>, sqlx::Error> {
     sqlx::query_scalar(

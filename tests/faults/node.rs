@@ -9,7 +9,7 @@ use nix::{
 };
 use rdkafka::{
     ClientConfig,
-    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication},
     client::DefaultClientContext,
 };
 use tokio::{
@@ -107,6 +107,15 @@ pub async fn create_topics(brokers: &str, names: &[String], settings: &[(&str, &
         .collect();
     for created in client.create_topics(&topics, &options).await.expect("topics") {
         created.expect("a topic");
+    }
+}
+
+/// Changes a setting of a topic.
+pub async fn set_of_topic(brokers: &str, topic: &str, key: &str, value: &str) {
+    let (client, options) = admin(brokers);
+    let change = AlterConfig::new(ResourceSpecifier::Topic(topic)).set(key, value);
+    for changed in client.alter_configs([&change], &options).await.expect("an answer") {
+        changed.expect("changed");
     }
 }
 

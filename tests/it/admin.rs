@@ -43,8 +43,7 @@ async fn park_everything(service: &TestService) {
     sqlx::raw_sql(
         "insert into outbox_parked (id, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at, reason)
          select id, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at, 'too large' from outbox;
-         insert into outbox_progress (key, seq, blocked_by) select key, seq - 1, id from outbox
-             on conflict (key) do update set blocked_by = excluded.blocked_by;
+         insert into outbox_blocked (key, row_id) select key, min(id) from outbox group by key;
          delete from outbox",
     )
     .execute(&service.db)

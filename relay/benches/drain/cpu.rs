@@ -1,18 +1,22 @@
 //! Who uses the processors.
 
-use std::{fs, thread, time::Instant};
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
 
 /// Kernel clock ticks a second, as `/proc` counts processor time on Linux.
 const TICKS: f64 = 100.0;
 
-/// Processor time since it was started.
+/// Processor time of the moments it ran.
+#[derive(Default)]
 pub struct Clock {
-    since: Instant,
+    ran: Duration,
     used: Used,
 }
 
 /// Seconds of processor time.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Used {
     postgres: f64,
     kafka: f64,
@@ -20,30 +24,36 @@ struct Used {
 }
 
 impl Clock {
-    pub fn start() -> Self {
-        Self { since: Instant::now(), used: Used::now() }
+    /// Lets it run while `work` is done.
+    pub async fn during<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let (since, before) = (Instant::now(), Used::now());
+        let done = work.await;
+        let now = Used::now();
+        self.ran += since.elapsed();
+        self.used.postgres += now.postgres - before.postgres;
+        self.used.kafka += now.kafka - before.kafka;
+        self.used.relay += now.relay - before.relay;
+        done
     }
 
     /// How much of it an event took, and how busy the machine was.
     pub fn per_event(&self, events: usize) -> String {
-        let (before, now) = (self.used, Used::now());
+        let Used { postgres, kafka, relay } = self.used;
         let micros = |seconds: f64| seconds * 1e6 / events as f64;
-        let used = [now.postgres - before.postgres, now.relay - before.relay, now.kafka - before.kafka];
-        let busy = used.iter().sum::<f64>() / self.since.elapsed().as_secs_f64();
+        let busy = (postgres + kafka + relay) / self.ran.as_secs_f64();
         let cores = thread::available_parallelism().map_or(0, usize::from);
         format!(
-            "processor time of an event, filling the outbox included: PostgreSQL {:.0} µs, relay {:.0} µs, \
-             Kafka {:.0} µs; {busy:.1} of {cores} cores busy",
-            micros(used[0]),
-            micros(used[1]),
-            micros(used[2]),
+            "processor time of an event: PostgreSQL {:.0} µs, relay {:.0} µs, Kafka {:.0} µs; {busy:.1} of {cores} cores busy",
+            micros(postgres),
+            micros(relay),
+            micros(kafka),
         )
     }
 }
 
 impl Used {
     fn now() -> Self {
-        let mut used = Self { postgres: 0.0, kafka: 0.0, relay: 0.0 };
+        let mut used = Self::default();
         let own = std::process::id().to_string();
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
             let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };

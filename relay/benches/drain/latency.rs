@@ -93,7 +93,7 @@ fn read(brokers: &str, topic: &str, began: Instant, committed: &[AtomicU64]) -> 
         .set("fetch.wait.max.ms", "5")
         .create()?;
     let mut all = TopicPartitionList::new();
-    for partition in 0..4 {
+    for partition in 0..producer::PARTITIONS {
         all.add_partition_offset(topic, partition, Offset::Beginning)?;
     }
     consumer.assign(&all)?;

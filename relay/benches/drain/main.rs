@@ -7,8 +7,8 @@
 //!
 //! It makes a database of its own on that server and drops it at the end. Rows are one kilobyte and the
 //! headers a registration has, over 10,000 keys; `synchronous_commit` is on and acks is `all`, as in
-//! production. Rates are medians of three. Processor time is that of all processes of a name on this
-//! machine: meaningful where nothing else runs on it.
+//! production. Rates are medians of three rounds, and what is compared is measured side by side. Processor
+//! time is that of all processes of a name on this machine: meaningful where nothing else runs on it.
 
 mod cpu;
 mod latency;
@@ -46,17 +46,23 @@ async fn main() -> Result<()> {
 
     // The first run is the broker's warming up.
     producer::rate(&outbox.brokers, rows).await?;
-    let raw = median(&[producer::rate(&outbox.brokers, rows).await?, producer::rate(&outbox.brokers, rows).await?]);
-    line("producer alone, the same bytes", raw, "messages/s", String::new());
-    // Measured here, so that every comparison stands in one run.
-    let clock = Clock::start();
-    let plain = drains(&outbox, rows).await?;
-    line("drain", plain, "events/s", percent(plain, raw, "the producer"));
+    let (mut raw, mut plain) = (vec![], vec![]);
+    let mut clock = Clock::default();
+    for _ in 0..ROUNDS {
+        raw.push(producer::rate(&outbox.brokers, rows).await?);
+        plain.push(outbox.drain(rows, &mut clock).await?);
+    }
+    line("producer alone, the same bytes", median(&raw), "messages/s", String::new());
+    line("drain", median(&plain), "events/s", percent(&plain, &raw, "the producer"));
     println!("  {}", clock.per_event(ROUNDS * rows));
     let resident = resident_mib();
     if wanted.has("fenced") {
-        let fenced = drains(&outbox.fenced(), rows).await?;
-        line("drain, fenced", fenced, "events/s", percent(fenced, plain, "unfenced"));
+        let (mut plain, mut fenced) = (vec![], vec![]);
+        for _ in 0..ROUNDS {
+            plain.extend(drains(&outbox, rows, 1).await?);
+            fenced.extend(drains(&outbox.fenced(), rows, 1).await?);
+        }
+        line("drain, fenced", median(&fenced), "events/s", percent(&fenced, &plain, "unfenced"));
     }
     if wanted.has("latency") {
         let rate = number("BENCH_RATE", 500);
@@ -68,17 +74,18 @@ async fn main() -> Result<()> {
     }
     if wanted.has("archived") {
         let archived = number("BENCH_ARCHIVED", 5_000_000);
+        let without = drains(&outbox, rows, ROUNDS).await?;
         outbox.fill_archive(archived).await?;
-        let rate = drains(&outbox, rows).await?;
-        line(&format!("drain, {archived} archived"), rate, "events/s", percent(rate, plain, "without"));
+        let with = drains(&outbox, rows, ROUNDS).await?;
+        line(&format!("drain, {archived} archived"), median(&with), "events/s", percent(&with, &without, "without"));
     }
     if wanted.has("held") {
         let held_for = Duration::from_secs(number("BENCH_HELD_SECONDS", 120) as u64);
-        let rates = outbox.drain_under_held_snapshot(rows, held_for).await?;
+        let (without, held) = outbox.drain_under_held_snapshot(rows, held_for).await?;
         // Dead rows pile up behind the snapshot: the last rounds have the most of them.
-        let rate = median(&rates[rates.len().saturating_sub(ROUNDS)..]);
-        let held = format!("drain, snapshot held {} s", held_for.as_secs());
-        line(&held, rate, "events/s", percent(rate, plain, "without"));
+        let last = &held[held.len().saturating_sub(ROUNDS)..];
+        let name = format!("drain, snapshot held {} s", held_for.as_secs());
+        line(&name, median(last), "events/s", percent(last, &without, "without"));
     }
     println!(
         "resident memory, this process    {resident:.0} MiB after the first drains, {:.0} at the end",
@@ -87,20 +94,20 @@ async fn main() -> Result<()> {
     outbox.drop_database().await
 }
 
-async fn drains(outbox: &Outbox, rows: usize) -> Result<f64> {
+async fn drains(outbox: &Outbox, rows: usize, rounds: usize) -> Result<Vec<f64>> {
     let mut rates = vec![];
-    for _ in 0..ROUNDS {
-        rates.push(outbox.drain(rows).await?);
+    for _ in 0..rounds {
+        rates.push(outbox.drain(rows, &mut Clock::default()).await?);
     }
-    Ok(median(&rates))
+    Ok(rates)
 }
 
 fn line(name: &str, rate: f64, unit: &str, comment: String) {
     println!("{name:<32} {rate:>8.0} {unit:<12} {comment}");
 }
 
-fn percent(rate: f64, of: f64, what: &str) -> String {
-    format!("{:.0} % of {what}", 100.0 * rate / of)
+fn percent(rates: &[f64], of: &[f64], what: &str) -> String {
+    format!("{:.0} % of {what}", 100.0 * median(rates) / median(of))
 }
 
 fn median(rates: &[f64]) -> f64 {

@@ -5,14 +5,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use outbox_relay::{KafkaSettings, PublisherError, Relay, RelaySettings, SESSION, Wake, archive, lane_of};
+use outbox_relay::{KafkaSettings, PublisherError, Relay, RelaySettings, SESSION, Wake, admin, archive, lane_of};
 use sqlx::{
     AssertSqlSafe, Connection, Executor, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{KEYS, PAYLOAD, Result, number, producer};
+use crate::{KEYS, PAYLOAD, ROUNDS, Result, cpu::Clock, number, producer};
+
+const LEASE: Duration = Duration::from_secs(10);
 
 /// A database of its own, and the broker.
 #[derive(Clone)]
@@ -60,7 +62,7 @@ impl Outbox {
         let settings = RelaySettings {
             name: "bench".into(),
             kafka: KafkaSettings { brokers: self.brokers.clone(), client: vec![] },
-            lease: Duration::from_secs(10),
+            lease: LEASE,
             batch: number("BENCH_BATCH", 2000),
             workers: number("BENCH_WORKERS", 2),
             poll: Duration::from_millis(500),
@@ -74,31 +76,59 @@ impl Outbox {
 
     /// Fills the outbox as `append` would have, and times how long the relay takes to empty it: events a
     /// second.
-    pub async fn drain(&self, rows: usize) -> Result<f64> {
+    pub async fn drain(&self, rows: usize, clock: &mut Clock) -> Result<f64> {
         let topic = producer::topic(&self.brokers).await?;
         self.fill(&topic, rows).await?;
         let relay = self.relay(Wake::default());
         // The first lanes are taken before the clock starts: what is measured is the draining.
-        let since = self.first_archived(&topic).await?;
-        self.until_empty().await?;
+        self.until_written(&topic, 1).await?;
+        let since = Instant::now();
+        clock
+            .during(async {
+                self.until_written(&topic, rows).await?;
+                self.until_empty().await
+            })
+            .await?;
         let took = since.elapsed();
         relay.stop().await?;
         Ok(rows as f64 / took.as_secs_f64())
     }
 
-    /// Drains again and again while a transaction elsewhere holds its snapshot: the rate of each round.
-    pub async fn drain_under_held_snapshot(&self, rows: usize, held_for: Duration) -> Result<Vec<f64>> {
+    /// Drains again and again with one relay, without and then with a transaction elsewhere that holds its
+    /// snapshot: the rates of both.
+    pub async fn drain_under_held_snapshot(&self, rows: usize, held_for: Duration) -> Result<(Vec<f64>, Vec<f64>)> {
+        let relay = self.relay(Wake::default());
+        let mut without = vec![];
+        for _ in 0..ROUNDS {
+            without.push(self.fill_and_drain(rows).await?);
+        }
         let mut holder = self.pool.begin().await?;
         sqlx::query("set transaction isolation level repeatable read").execute(&mut *holder).await?;
         sqlx::query("select count(*) from outbox_keys").execute(&mut *holder).await?;
         let since = Instant::now();
-        let mut rates = vec![];
-        while rates.is_empty() || since.elapsed() < held_for {
-            rates.push(self.drain(rows).await?);
+        let mut held = vec![];
+        while held.is_empty() || since.elapsed() < held_for {
+            held.push(self.fill_and_drain(rows).await?);
         }
         holder.rollback().await?;
-        println!("  under the held snapshot, round by round: {rates:.0?}");
-        Ok(rates)
+        relay.stop().await?;
+        println!("  round by round: {without:.0?}, under the held snapshot {held:.0?}");
+        Ok((without, held))
+    }
+
+    /// The relay that runs is paused while the outbox is filled.
+    async fn fill_and_drain(&self, rows: usize) -> Result<f64> {
+        let topic = producer::topic(&self.brokers).await?;
+        admin::set_paused(&mut *self.pool.acquire().await?, Some("bench")).await?;
+        // It is noticed with the next renewal of the lease, a quarter of the lease later.
+        tokio::time::sleep(LEASE / 3).await;
+        self.fill(&topic, rows).await?;
+        admin::set_paused(&mut *self.pool.acquire().await?, None).await?;
+        self.until_written(&topic, 1).await?;
+        let since = Instant::now();
+        self.until_written(&topic, rows).await?;
+        self.until_empty().await?;
+        Ok(rows as f64 / since.elapsed().as_secs_f64())
     }
 
     pub async fn until_owned(&self) -> Result<()> {
@@ -111,20 +141,11 @@ impl Outbox {
         Ok(())
     }
 
-    async fn first_archived(&self, topic: &str) -> Result<Instant> {
-        loop {
-            let now = Instant::now();
-            let any: bool = sqlx::query_scalar(
-                "select exists (select from outbox_archive where published_at > now() - interval '1 minute' and topic = $1)",
-            )
-            .bind(topic)
-            .fetch_one(&self.pool)
-            .await?;
-            if any {
-                return Ok(now);
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
+    async fn until_written(&self, topic: &str, messages: usize) -> Result<()> {
+        while producer::offsets(&self.brokers, topic).await? < messages as i64 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        Ok(())
     }
 
     async fn until_empty(&self) -> Result<()> {
@@ -159,8 +180,6 @@ impl Outbox {
         .execute(&self.pool)
         .await?;
         self.pool.execute("analyze outbox").await?;
-        // Writing out what was filled is not the relay's work.
-        self.pool.execute("checkpoint").await?;
         Ok(())
     }
 

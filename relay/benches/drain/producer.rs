@@ -13,6 +13,7 @@ use rdkafka::{
     ClientConfig, ClientContext,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
     client::DefaultClientContext,
+    consumer::{BaseConsumer, Consumer},
     error::{KafkaError, RDKafkaErrorCode},
     message::{Header, OwnedHeaders},
     producer::{BaseRecord, DeliveryResult, Producer, ProducerContext, ThreadedProducer},
@@ -20,6 +21,9 @@ use rdkafka::{
 use uuid::Uuid;
 
 use crate::{KEYS, PAYLOAD, Result};
+
+/// Of every topic here.
+pub const PARTITIONS: i32 = 4;
 
 struct Count(Arc<AtomicU64>);
 
@@ -89,11 +93,23 @@ fn headers(topic: &str, key: &str, id: &str) -> OwnedHeaders {
     })
 }
 
+/// How many offsets of a topic are taken. Asking the broker costs the database nothing.
+pub async fn offsets(brokers: &str, topic: &str) -> Result<i64> {
+    let consumer: BaseConsumer = ClientConfig::new().set("bootstrap.servers", brokers).create()?;
+    let topic = topic.to_owned();
+    tokio::task::spawn_blocking(move || {
+        let ends =
+            (0..PARTITIONS).map(|partition| consumer.fetch_watermarks(&topic, partition, Duration::from_secs(10)));
+        Ok(ends.collect::<std::result::Result<Vec<_>, _>>()?.iter().map(|(_, end)| end).sum())
+    })
+    .await?
+}
+
 /// A topic of four partitions.
 pub async fn topic(brokers: &str) -> Result<String> {
     let name = format!("bench.{}", Uuid::new_v4().simple());
     let client: AdminClient<DefaultClientContext> = ClientConfig::new().set("bootstrap.servers", brokers).create()?;
-    let topic = NewTopic::new(&name, 4, TopicReplication::Fixed(1));
+    let topic = NewTopic::new(&name, PARTITIONS, TopicReplication::Fixed(1));
     for created in client.create_topics([&topic], &AdminOptions::new()).await? {
         created.map_err(|(name, code)| format!("{name}: {code}"))?;
     }

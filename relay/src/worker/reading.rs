@@ -42,6 +42,7 @@ impl Worker {
             held_keys: self.keys.names(),
         };
         let mut conn = self.pool.acquire().await?;
+        let newest = if sweep { Some(delivery::newest_id(&mut conn).await?) } else { None };
         let claimed = delivery::claim(&mut conn, &lanes, &low, &limits, &filter).await;
         drop(conn);
         if sweep {
@@ -49,15 +50,21 @@ impl Worker {
             self.marks.swept(Instant::now(), now.elapsed());
         }
         let mut rows = claimed?;
-        // A lane that gave as many rows as it might has more.
-        let mut given: HashMap<i16, i64> = HashMap::new();
-        rows.iter().for_each(|row| *given.entry(row.lane).or_default() += 1);
-        let full = lanes.iter().zip(&limits).any(|(lane, limit)| given.get(lane).is_some_and(|rows| rows >= limit));
-        self.claim_again_at = if full { now } else { now + self.settings.poll };
+        let mut given: HashMap<i16, Vec<i64>> = HashMap::new();
+        rows.iter().for_each(|row| given.entry(row.lane).or_default().push(row.id));
+        let mut any_full = false;
+        for (lane, limit) in lanes.into_iter().zip(limits) {
+            let ids = given.get(&lane).map_or(&[][..], Vec::as_slice);
+            // A lane that gave as many rows as it might has more.
+            let full = ids.len() as i64 >= limit;
+            any_full |= full;
+            if allowance != Allowance::Probe {
+                self.note_marks(lane, ids, full, newest);
+            }
+        }
+        self.claim_again_at = if any_full { now } else { now + self.settings.poll };
         if allowance == Allowance::Probe {
             rows.truncate(1);
-        } else {
-            rows.iter().for_each(|row| self.marks.read_up_to(row.lane, row.id));
         }
         if !rows.is_empty() {
             fault_points::reached("relay::claimed");
@@ -73,6 +80,17 @@ impl Worker {
         };
         let refused = self.window.admit(rows);
         self.refuse(trusted, refused).await
+    }
+
+    /// These rows of a lane were read: all there are, unless it is `full`. A sweep knows the `newest` id.
+    fn note_marks(&mut self, lane: i16, ids: &[i64], full: bool, newest: Option<i64>) {
+        let last = ids.last().copied();
+        if let Some(newest) = newest {
+            self.marks.begins_at(lane, ids.first().copied().unwrap_or(newest + 1));
+        }
+        if let Some(up_to) = if full { last } else { newest.max(last) } {
+            self.marks.read_up_to(lane, up_to);
+        }
     }
 
     /// Whether no other worker of this process has a row on trial, or waits to have one. Asked anew for

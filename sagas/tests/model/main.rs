@@ -28,7 +28,7 @@ use saga_orchestrator::{
     Definition, Recourse, Settlement, Status,
     definition::{Command, Step, Undo},
     flows::create_user,
-    machine::{Answer, Decision, Effect, Event, Position, decide},
+    machine::{Answer, Decision, Effect, Event, Ignored, Position, decide},
 };
 use stateright::{Checker, HasDiscoveries, Model, Property};
 use world::{Learnt, Message, Question, Reply, Says, User, World};
@@ -58,6 +58,8 @@ enum Broken {
     LateCloseCounts,
     /// Replies do not wait for the outcome of a question.
     RepliesDoNotWait,
+    /// An undo that can't be sent is left at that.
+    ParkedUndoIsNothing,
     /// An undo can be in Kafka before its command.
     OrderLost,
     /// The one reply nobody asks after is lost: that an undo was refused.
@@ -97,6 +99,7 @@ enum Action {
     /// By a sweep that read long ago.
     NotePublishedLate,
     NoteParked,
+    NoteUndoParked,
     Overdue,
     AskerDies,
     Look,
@@ -127,6 +130,7 @@ impl Sagas {
             | (Some(Broken::RepliesDoNotWait), Status::Resolving, Event::Replied { .. }) => {
                 decide(self.definition, running, event)
             }
+            (Some(Broken::ParkedUndoIsNothing), _, Event::UndoParked { .. }) => Decision::Ignore(Ignored::Noted),
             (Some(Broken::NoUndo), ..) => match decide(self.definition, at, event) {
                 Decision::Move(mut transition) => {
                     transition.effects.retain(|effect| !matches!(effect, Effect::Undo(_)));
@@ -161,9 +165,7 @@ impl Sagas {
                 Some(Broken::OrderLost) => *index < world.outbox.len(),
                 _ => *index == 0 && !world.outbox.is_empty() && !world.parked,
             },
-            Action::Park => {
-                self.has_all_troubles() && !world.parked && world.outbox.first().is_some_and(|first| !first.undo)
-            }
+            Action::Park => self.has_all_troubles() && !world.parked && !world.outbox.is_empty(),
             Action::Unpark => world.parked,
             Action::Handle { index, .. } => *index < world.commands.len() && (self.is_thorough() || *index == 0),
             Action::HandleAgain { step, undo } => {
@@ -185,6 +187,9 @@ impl Sagas {
             },
             Action::NotePublishedLate => self.has_all_troubles() && world.command_is_out(),
             Action::NoteParked => saga.status == Status::Running && !saga.deadline && world.command_is_parked(),
+            Action::NoteUndoParked => {
+                saga.undone && world.parked_undo().is_some_and(|step| !saga.refused_undos.contains(step))
+            }
             Action::Overdue => match saga.status {
                 Status::Running => saga.deadline,
                 // Whoever asks is taken for dead. Who deals with the forgetful is given all the time he needs.
@@ -208,6 +213,7 @@ impl Sagas {
         let mut actions = vec![Action::Publish { index: 0 }, Action::Handle { index: 0, willing: true }];
         actions.extend(world.replies.iter().map(|&reply| Action::Receive { reply }));
         actions.extend([Action::StrayCall { willing: true }, Action::NotePublished, Action::NoteParked]);
+        actions.push(Action::NoteUndoParked);
         actions.extend([Action::Look, Action::Create { willing: true, answer_lost: false }, Action::Settle]);
         // Last, and not while somebody is asking.
         actions.extend(world.question.is_none().then_some(Action::Overdue));
@@ -262,6 +268,7 @@ impl Model for Sagas {
         }
         actions.extend([Action::Park, Action::Unpark, Action::Forge]);
         actions.extend([Action::NotePublished, Action::NotePublishedLate, Action::NoteParked]);
+        actions.push(Action::NoteUndoParked);
         actions.extend([Action::Overdue, Action::AskerDies, Action::Look, Action::NoAnswer, Action::AmbiguousAnswer]);
         for willing in [true, false] {
             actions.extend([false, true].map(|answer_lost| Action::Create { willing, answer_lost }));
@@ -307,6 +314,10 @@ impl Model for Sagas {
             }
             Action::NotePublished | Action::NotePublishedLate => next.take_in(decide, &Event::Published),
             Action::NoteParked => next.take_in(decide, &Event::Parked { reason: String::new() }),
+            Action::NoteUndoParked => {
+                let step = next.parked_undo()?;
+                next.take_in(decide, &Event::UndoParked { step, reason: String::new() });
+            }
             Action::Overdue => {
                 next.take_in(decide, &Event::Overdue { recourse: self.recourse });
                 next.question = (next.saga.status == Status::Resolving).then_some(Question::Looking);
@@ -455,6 +466,11 @@ fn a_late_close_that_counts_reopens_what_is_completed() {
 #[test]
 fn replies_that_do_not_wait_leave_a_profile_behind_that_the_question_made() {
     falls(Kind::Forgetful, Broken::RepliesDoNotWait, RESTS_WELL);
+}
+
+#[test]
+fn an_undo_that_cant_be_sent_and_goes_unnoticed_leaves_a_profile_behind() {
+    falls(Kind::Thorough, Broken::ParkedUndoIsNothing, RESTS_WELL);
 }
 
 /// Not promised: silence about an undo is not looked into.

@@ -157,6 +157,11 @@ impl World {
         !self.outbox.contains(&self.command())
     }
 
+    /// The step whose undo command is what is parked.
+    pub fn parked_undo(&self) -> Option<usize> {
+        self.outbox.first().filter(|first| self.parked && first.undo).map(|first| first.step)
+    }
+
     pub fn command_is_parked(&self) -> bool {
         self.parked && self.outbox.first() == Some(&self.command())
     }
@@ -237,6 +242,7 @@ impl World {
             event,
             Event::UndoReplied { refusal: Some(_), .. }
                 | Event::Parked { .. }
+                | Event::UndoParked { .. }
                 | Event::Overdue { recourse: Recourse::NeedsOperator }
                 | Event::Settled(Settlement::Ambiguous(_) | Settlement::GaveUp(_))
         );

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use outbox_relay::replay;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::json;
 use tokio::time::sleep;
@@ -12,6 +13,7 @@ use crate::{
     checker::{Expected, Verdict, judge},
     fleet::{Fleet, Wishes},
     keeper::Keeper,
+    node,
     postman::Postman,
     proxy::{Proxy, Wire},
     stage::Stage,
@@ -34,6 +36,7 @@ pub fn scenarios() -> Vec<Scenario> {
         scenario!("close races CreateUser", "a refusal comes while it is asked", racing),
         scenario!("compensated before the command is out", "the relay starts after the refusal", early),
         scenario!("the undo refused", "the saga is stuck and says so", undo_refused),
+        scenario!("the undo can't be sent", "stuck until an operator has replayed it", undo_parked),
         scenario!("the other service unreachable for a while", "asked again, longer and longer", away),
         scenario!("the other service unreachable for good", "stuck, and says so", gone),
     ]
@@ -215,6 +218,30 @@ async fn undo_refused(stage: Stage) -> Verdict {
     let stuck = told.len() as i64;
     fleet.until_count("select count(*) from saga_state where status = 'stuck'", stuck, PATIENCE).await;
     judge(fleet, vec![all], Expected { stuck, ..Expected::default() }).await
+}
+
+/// The broker refuses the undo command for its size, until somebody raises the topic's limit.
+async fn undo_parked(stage: Stage) -> Verdict {
+    let fleet = Fleet::new(&stage, Wishes { without: &["user.delete"], ..Wishes::default() }).await;
+    let topic = fleet.topic("user.delete");
+    node::create_topics(&fleet.brokers, std::slice::from_ref(&topic), &[("max.message.bytes", "100")]).await;
+    let all = fleet.all_roles().await;
+    fleet.register(&[&all], stage.many(9)).await;
+    let refused = fleet.told.lock().unwrap().refused.len() as i64;
+    assert!(refused > 0, "some are refused");
+    let stuck = "select count(*) from saga_state where status = 'stuck' and stuck_reason like '%can''t be sent%'";
+    fleet.until_count(stuck, refused, PATIENCE).await;
+
+    node::set_of_topic(&fleet.brokers, &topic, "max.message.bytes", "100000").await;
+    let mut tx = fleet.db.begin().await.expect("a transaction");
+    let parked: Vec<i64> =
+        sqlx::query_scalar("select id from outbox_parked").fetch_all(&mut *tx).await.expect("the parked");
+    for row in parked {
+        replay(&mut tx, row, false).await.expect("it goes out again");
+    }
+    tx.commit().await.expect("committed");
+    fleet.until_count(stuck, 0, PATIENCE).await;
+    finish(fleet, all).await
 }
 
 /// No command, no reply, and a wire to the other service that is silent.
