@@ -1,6 +1,6 @@
 //! The suite every saga passes. Whoever writes a flow proves it with one line in a test:
 //!
-//! ```ignore
+//! ```text
 //! suite::prove(&pool, &DEFINITION, MyFlows::new(), MySubject).await;
 //! ```
 //!
