@@ -7,7 +7,8 @@
 //! - First occurrences of one key stand in Kafka in the order their transactions committed, however
 //!   many relays run, and also when one of them was frozen past its lease and goes on. The order is
 //!   numbered (`aggregate-seq`, from 1, without a gap) and checked: message n+1 is refused while n
-//!   is not out.
+//!   is not out. With [`RelaySettings::fencing`] such a relay appends nothing at all any more: the
+//!   broker refuses it.
 //! - A message that can't be sent is parked, and everything behind it in its key with it. Parked
 //!   rows are visible, are never dropped, and go out in order when an operator replays them. Other
 //!   keys go on.
@@ -18,8 +19,8 @@
 //! # What it does not do
 //!
 //! It does not deliver exactly once: a relay that dies between the broker's acknowledgement and the
-//! archive's commit leaves a message that is sent again. Consumers know a copy by its `ce_id`. It
-//! does not order messages of different keys. It does not read payloads.
+//! archive's commit leaves a message that is sent again, fenced or not. Consumers know a copy by its
+//! `ce_id`. It does not order messages of different keys. It does not read payloads.
 //!
 //! # How it works
 //!
@@ -34,8 +35,9 @@
 //!
 //! - [`append`], [`publications`] (`outbox`), [`NewMessage`] (`message`), [`Wake`] (`wake`): for
 //!   those who write.
-//! - [`Relay`] (`relay`: processes and workers; `worker`: one step; `window`: what may be sent now,
-//!   pure; `lanes`: who owns what; `delivery`: the SQL of it; `publisher`: Kafka).
+//! - [`Relay`] (`relay`: processes and workers; `worker`: one step, `worker::fencing` what it does behind a
+//!   fence; `window`: what may be sent now, pure; `lanes`: who owns what; `delivery`: the SQL of it;
+//!   `publisher`: Kafka).
 //! - `fault`, `breaker`, `holds`, `low_marks`: small pure decisions.
 //! - [`archive`], [`replay()`], [`admin`], [`verify`]: for those who operate, and for those who audit.
 //! - [`inbox`]: the receiving side.

@@ -12,7 +12,7 @@
 //!   the other service is asked. Only where nobody can be asked does a configured policy decide.
 //! - A compensation takes back what was done here and, in the same transaction, sends the undo
 //!   command behind the command on the same key: a step that is carried out late is undone.
-//! - A refused undo makes its saga stuck, until that very undo comes through.
+//! - An undo that is refused, or can't be sent, makes its saga stuck until that very undo comes through.
 //! - Every message that was taken from Kafka is in the inbox; what had no effect is kept with its
 //!   bytes and the reason, and never stops its partition.
 //!

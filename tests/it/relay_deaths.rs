@@ -8,6 +8,19 @@ use crate::support::{
     outbox::{Outbox, numbers, same_lane},
 };
 
+/// Waits until this row is written down as in flight all alone, with so many deaths to its charge.
+async fn until_on_trial(outbox: &Outbox, row: i64, kills: i16) {
+    eventually("the row is on trial", || async {
+        let found: Option<i16> = sqlx::query_scalar("select suspect_kills from outbox_lanes where suspect_id = $1")
+            .bind(row)
+            .fetch_optional(&outbox.pool)
+            .await
+            .unwrap();
+        (found == Some(kills)).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_relays_lanes_are_taken_over_and_nothing_is_lost() {
     let outbox = Outbox::new().await;
@@ -42,15 +55,7 @@ async fn a_row_that_kills_twice_while_alone_is_parked_and_its_lane_goes_on() {
     }
     for kills in 0..2 {
         let doomed = outbox.relay_without_broker("doomed");
-        eventually("the row is written down as suspect", || async {
-            let found: Option<i16> = sqlx::query_scalar("select suspect_kills from outbox_lanes where suspect_id = $1")
-                .bind(row)
-                .fetch_optional(&outbox.pool)
-                .await
-                .unwrap();
-            (found == Some(kills)).then_some(())
-        })
-        .await;
+        until_on_trial(&outbox, row, kills).await;
         doomed.kill().await;
         outbox.expire_leases().await;
     }
@@ -119,18 +124,7 @@ async fn a_relay_that_was_taken_for_dead_and_lives_acquits_the_row_it_had_on_tri
     let row = outbox.append("a", "0").await;
     sqlx::query("update outbox_lanes set attempt_limit = 1").execute(&outbox.pool).await.unwrap();
     let relay = outbox.relay_without_broker("slow");
-    let suspected = async |kills: i16| {
-        eventually("the row is on trial, without a death to its charge", || async {
-            let found: Option<i16> = sqlx::query_scalar("select suspect_kills from outbox_lanes where suspect_id = $1")
-                .bind(row)
-                .fetch_optional(&outbox.pool)
-                .await
-                .unwrap();
-            (found == Some(kills)).then_some(())
-        })
-        .await;
-    };
-    suspected(0).await;
+    until_on_trial(&outbox, row, 0).await;
     // Taken for dead more often than a killer may kill.
     for _ in 0..3 {
         let before: Uuid =
@@ -144,7 +138,7 @@ async fn a_relay_that_was_taken_for_dead_and_lives_acquits_the_row_it_had_on_tri
             now.is_some_and(|now| now != before).then_some(())
         })
         .await;
-        suspected(0).await;
+        until_on_trial(&outbox, row, 0).await;
     }
     relay.stop().await;
     assert_eq!(outbox.count("select count(*) from outbox_parked").await, 0);
