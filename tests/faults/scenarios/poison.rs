@@ -51,15 +51,12 @@ async fn too_large(stage: Stage) -> Verdict {
 async fn refused(stage: Stage) -> Verdict {
     let fleet = Fleet::new(&stage, Wishes { no_user_service: true, without: &["load"], ..Wishes::default() }).await;
     node::create_topics(&fleet.brokers, &[fleet.topic("load")], &[("max.message.bytes", "20000")]).await;
-    let relay = fleet.process("relay", "", 0);
     fleet.commit_events_of("large".to_owned(), 2, 100).await;
-    tokio::join!(
-        async {
-            fleet.commit_events_of("large".to_owned(), 1, 50_000).await;
-            fleet.commit_events_of("large".to_owned(), 5, 100).await;
-        },
-        fleet.commit_events(10, stage.many(20)),
-    );
+    fleet.commit_events_of("large".to_owned(), 1, 50_000).await;
+    fleet.commit_events_of("large".to_owned(), 5, 100).await;
+    fleet.commit_events(40, stage.many(6)).await;
+    // All are there before the relay is: the large one flies in the company of many.
+    let relay = fleet.process("relay", "", 0);
     fleet.until_count("select count(*) from outbox_parked", 6, PATIENCE).await;
     fleet.settle(PATIENCE).await;
     judge(fleet, vec![relay], Expected { parked_keys: 1, ..Expected::default() }).await
