@@ -51,7 +51,9 @@ pub fn init(format: LogFormat, filter: &str) -> Result<PrometheusHandle, Telemet
             fmt::layer().json().flatten_event(true).with_span_list(false).with_writer(io::stderr).boxed()
         }
     };
-    tracing_subscriber::registry().with(lines.with_filter(filter)).try_init()?;
+    // Before the lines, not on them: a filter on a layer forgets, after somebody has merely asked whether a line
+    // would be written (sqlx asks after every statement), to let the next line through.
+    tracing_subscriber::registry().with(filter).with(lines).try_init()?;
     install_metrics()
 }
 

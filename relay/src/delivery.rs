@@ -114,7 +114,9 @@ pub(crate) async fn claim(
 
 /// The newest id that was given out. What is above it did not exist when this was asked.
 pub(crate) async fn newest_id(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
-    sqlx::query_scalar("select last_value from outbox_id_seq").fetch_one(conn).await
+    sqlx::query_scalar("select last_value - case when is_called then 0 else 1 end from outbox_id_seq")
+        .fetch_one(conn)
+        .await
 }
 
 /// Moves acknowledged rows to the archive and notes how far their keys are out. Answers with the

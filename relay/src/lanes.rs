@@ -106,7 +106,7 @@ impl Ownership {
         sqlx::query(
             "update outbox_lanes
                 set attempt_limit = greatest(1, coalesce(attempt_limit, $3) / 8),
-                    suspect_kills = case when suspect_id is not null then suspect_kills + 1 else 0 end
+                    suspect_kills = suspect_kills + case when on_trial then 1 else 0 end, on_trial = false
               where owner = $1 and lane = any($2)",
         )
         .bind(trusted.relay_id)
@@ -246,8 +246,8 @@ impl LeaseKeeper {
                 set owner = $1, term = term + 1, clean = false,
                     attempt_limit = case when clean then attempt_limit
                                          else greatest(1, coalesce(attempt_limit, $3) / 8) end,
-                    suspect_kills = case when not clean and suspect_id is not null
-                                         then suspect_kills + 1 else suspect_kills end
+                    suspect_kills = suspect_kills + case when not clean and on_trial then 1 else 0 end,
+                    on_trial = false
                from (select lane from outbox_lanes f
                       where owner is null
                         and not exists (select from outbox_lanes other

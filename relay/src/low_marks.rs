@@ -4,7 +4,7 @@
 //! the index as dead entries, and every read from the beginning walks over all of them. So reads
 //! begin at a mark that lags a third to two thirds of a second behind what was read, which covers
 //! transactions that commit a little late; and a sweep from the very beginning, every second but never
-//! more than a twentieth of the time, finds those that commit later still. A longer lag would cost:
+//! more than a twentieth of the time (and whenever it begins anew, after a failure), finds those that commit later still. A longer lag would cost:
 //! every read walks over what was sent within it. The mark is a hint: losing it loses nothing.
 //!
 //! A sweep also tells where to begin when nothing is known yet: at the first row it found. Whatever

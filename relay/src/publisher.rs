@@ -343,7 +343,11 @@ mod tests {
 
     #[test]
     fn settings_that_would_break_the_promises_are_refused() {
-        for property in GUARDED {
+        let dangerous = [
+            ["acks", "enable.idempotence", "partitioner", "retries"],
+            ["max.in.flight", "message.timeout.ms", "queuing.strategy", "transactional.id"],
+        ];
+        for property in dangerous.into_iter().flatten().chain(GUARDED) {
             let settings = KafkaSettings { brokers: "127.0.0.1:1".into(), client: vec![(property.into(), "0".into())] };
             assert!(matches!(
                 Publisher::new(&settings, 10, Duration::from_secs(1), None),

@@ -121,8 +121,9 @@ impl<F: Flows> Orchestrator<F> {
         drop(conn);
         for row in parked {
             let Some(saga) = undone.iter().find(|saga| saga.saga_id == row.saga_id) else { continue };
-            let Some(step) = self.undo_not_known_open(saga, row.message_id)? else { continue };
-            self.committed(pool, async |conn| {
+            // A saga of a kind only a newer program knows is no reason to leave the others alone.
+            let Ok(Some(step)) = self.undo_not_known_open(saga, row.message_id) else { continue };
+            let noted = self.committed(pool, async |conn| {
                 let Some(now) = store::lock(conn, row.saga_id).await? else { return Ok(()) };
                 // Looked at again under the lock: it may have been replayed, and its reply be here.
                 let became = publications(conn, &[(row.row_id, &row.key)]).await?.remove(&row.row_id);
@@ -131,8 +132,10 @@ impl<F: Flows> Orchestrator<F> {
                     self.take_in(conn, row.saga_id, &event, EventSource::of("deadlines")).await?;
                 }
                 Ok::<_, SagaError>(())
-            })
-            .await?;
+            });
+            if let Err(error) = noted.await {
+                tracing::warn!(saga.id = %row.saga_id, %error, "a parked undo could not be noted; trying again");
+            }
         }
         Ok(())
     }

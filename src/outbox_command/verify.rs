@@ -72,6 +72,13 @@ pub async fn run(args: VerifyArgs) -> Result<ExitCode, Failure> {
     let mut speaker = Speaker { since: Instant::now(), said: Instant::now() };
     let report = verify::verify(&mut conn, &kafka, &window, |progress| speaker.say(progress)).await;
     let report = report.context("the verification could not be carried out").map_err(Failure::NotDone)?;
+    if let Some(topic) = &args.topic
+        && report.totals.rows == 0
+        && report.partitions.iter().all(|part| !part.topic_exists)
+    {
+        let what = "is in Kafka, and the archive has no rows of one in the window";
+        return Err(Failure::Usage(format!("no topic {topic:?} {what} (--topic wants the name with its prefix)")));
+    }
     let code = match report.verdict {
         Verdict::Proven => 0,
         Verdict::Contradicted => 1,

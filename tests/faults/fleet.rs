@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Rows a relay's worker holds: small, so that a crash is felt by many batches.
-pub const BATCH: u64 = 200;
+pub const BATCH: u64 = 40;
 
 const TOPICS: [&str; 8] = [
     "user.create",

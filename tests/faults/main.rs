@@ -46,7 +46,7 @@ use self::{
 #[command(bin_name = "tests/faults/run", max_term_width = 100)]
 struct Arguments {
     /// How often every scenario is played, each time with the next seed
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     rounds: u64,
     /// The first round's seed
     #[arg(long, default_value_t = 1, value_name = "S")]
@@ -182,7 +182,7 @@ fn summary(played: &[Played], took: Duration) -> bool {
     println!("  stuck       {:>8}  sagas, as it had to be", total.stuck);
     println!("  deaths      {:>8}  of processes", total.deaths);
     for one in &failed {
-        println!("  failed: tests/faults/run --seed {} --only {}", one.seed, one.scenario.name);
+        println!("  failed: tests/faults/run --seed {} --only \"{}\"", one.seed, one.scenario.name);
     }
     println!("lost={} reordered={} half_done={}", total.lost, total.reordered, total.half_done);
     failed.is_empty()

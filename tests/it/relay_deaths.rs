@@ -1,5 +1,7 @@
 //! Relays that die, or are taken for dead.
 
+use std::time::Duration;
+
 use outbox_relay::lane_of;
 use uuid::Uuid;
 
@@ -11,11 +13,12 @@ use crate::support::{
 /// Waits until this row is written down as in flight all alone, with so many deaths to its charge.
 async fn until_on_trial(outbox: &Outbox, row: i64, kills: i16) {
     eventually("the row is on trial", || async {
-        let found: Option<i16> = sqlx::query_scalar("select suspect_kills from outbox_lanes where suspect_id = $1")
-            .bind(row)
-            .fetch_optional(&outbox.pool)
-            .await
-            .unwrap();
+        let found: Option<i16> =
+            sqlx::query_scalar("select suspect_kills from outbox_lanes where suspect_id = $1 and on_trial")
+                .bind(row)
+                .fetch_optional(&outbox.pool)
+                .await
+                .unwrap();
         (found == Some(kills)).then_some(())
     })
     .await;
@@ -130,15 +133,17 @@ async fn a_relay_that_was_taken_for_dead_and_lives_acquits_the_row_it_had_on_tri
         let before: Uuid =
             sqlx::query_scalar("delete from outbox_relays returning id").fetch_one(&outbox.pool).await.unwrap();
         eventually("it has come back under another name", || async {
-            let now: Option<Uuid> = sqlx::query_scalar("select owner from outbox_lanes where suspect_id = $1")
-                .bind(row)
+            let now: Option<Uuid> = sqlx::query_scalar("select owner from outbox_lanes where lane = $1")
+                .bind(lane_of("a"))
                 .fetch_one(&outbox.pool)
                 .await
                 .unwrap();
             now.is_some_and(|now| now != before).then_some(())
         })
         .await;
-        until_on_trial(&outbox, row, 0).await;
+        // Long before the client gives the message up, which would clear the row too.
+        let acquitted = tokio::time::timeout(Duration::from_secs(5), until_on_trial(&outbox, row, 0)).await;
+        acquitted.expect("it lives, so the row has not killed it");
     }
     relay.stop().await;
     assert_eq!(outbox.count("select count(*) from outbox_parked").await, 0);

@@ -1,4 +1,5 @@
-//! Fencing at the broker: a relay that has lost its lanes, however long ago, appends nothing any more.
+//! Fencing at the broker: a relay that has lost its lanes appends nothing any more once its successor has
+//! raised its own fence, which it does before it sends anything.
 //!
 //! Lanes are owned in groups, and a group has a name at the broker, its transactional id. Who takes a
 //! group raises a fence: `init_transactions` under that name makes the broker abort what the owner
@@ -128,11 +129,15 @@ impl Worker {
     async fn settled(&mut self, trusted: &Trusted) {
         fault_points::reached("relay::settled");
         self.fence = Fence::Up;
+        // Who commits is there, and need not have said so while reports were collected.
+        self.breaker.succeeded();
+        let mut delivered = 0;
         while self.window.in_flight() > 0
             && let Ok(Some(report)) = timeout_at(trusted.until.into(), self.publisher.report()).await
         {
-            self.reported(report);
+            delivered += u64::from(self.reported(report) == Some(true));
         }
+        metrics::counter!("outbox_published_total").increment(delivered);
     }
 
     async fn abort(&mut self) {

@@ -171,7 +171,11 @@ impl Worker {
                 Refusal::Behind => {
                     if let Some(lane) = trusted.term(row.lane) {
                         let mut conn = self.pool.acquire().await?;
-                        delivery::park(&mut conn, trusted.relay_id, lane, &row.key, &ParkCause::Behind).await?;
+                        let cause = ParkCause::Behind;
+                        if delivery::park(&mut conn, trusted.relay_id, lane, &row.key, &cause).await? == 0 {
+                            // The key is free again.
+                            self.look_again();
+                        }
                     }
                 }
                 Refusal::Gap { expected } => {

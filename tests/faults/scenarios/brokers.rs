@@ -25,6 +25,7 @@ pub fn scenarios() -> Vec<Scenario> {
         scenario!("the broker cut off, again and again", "every connection closed, new ones too", cut).on_own_broker(),
         scenario!("connections reset in the middle of a batch", "half a request arrives", reset).on_own_broker(),
         scenario!("a slow broker", "every packet late", slow).on_own_broker(),
+        scenario!("fenced: a slow broker", "every packet late", slow).on_own_broker(),
         scenario!("a topic that is not there yet", "the others go on; made later, it gets all", missing_topic),
         scenario!("a topic deleted and made anew", "under load", deleted_topic),
     ]
