@@ -291,7 +291,7 @@ pub(crate) async fn suspect(
 ) -> Result<Option<i16>, sqlx::Error> {
     sqlx::query_scalar(
         "update outbox_lanes
-            set suspect_kills = case when suspect_id = $4 then suspect_kills else 0 end, suspect_id = $4
+            set suspect_kills = case when suspect_id = $4 then suspect_kills else 0 end, suspect_id = $4, on_trial = true
           where lane = $1 and term = $2 and owner = $3
          returning suspect_kills",
     )
@@ -318,7 +318,7 @@ pub(crate) async fn trust_more(
     limit: Option<i32>,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "update outbox_lanes set attempt_limit = $4, suspect_id = null, suspect_kills = 0
+        "update outbox_lanes set attempt_limit = $4, suspect_id = null, suspect_kills = 0, on_trial = false
           where lane = $1 and term = $2 and owner = $3",
     )
     .bind(lane.lane)

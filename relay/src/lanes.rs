@@ -167,12 +167,16 @@ impl LeaseKeeper {
         sqlx::query("delete from outbox_relays where lease_until < clock_timestamp()").execute(&mut *tx).await?;
         let relays: i64 = sqlx::query_scalar("select count(*) from outbox_relays").fetch_one(&mut *tx).await?;
         let share = fair_share(relays, self.groups);
-        let owned: i64 = sqlx::query_scalar("select count(*) from outbox_lanes where owner = $1")
-            .bind(relay_id)
-            .fetch_one(&mut *tx)
-            .await?;
-        if owned < share {
-            self.take_free_lanes(&mut tx, relay_id, share - owned).await?;
+        let groups: Vec<i16> =
+            sqlx::query_scalar("select distinct lane % $2 from outbox_lanes where owner = $1 order by 1")
+                .bind(relay_id)
+                .bind(self.groups)
+                .fetch_all(&mut *tx)
+                .await?;
+        let kept = &groups[..groups.len().min(share)];
+        // A group may have lost lanes while it was being handed over, and be to stay now.
+        if kept.len() < share || self.groups < LANES {
+            self.take_free_lanes(&mut tx, relay_id, kept, (share - kept.len()) as i64).await?;
         }
         let lanes: Vec<(i16, i64, Option<i32>)> = sqlx::query_as(
             "select lane, term, attempt_limit from outbox_lanes where owner = $1 order by lane % $2, lane",
@@ -193,11 +197,11 @@ impl LeaseKeeper {
         held.relay_id = relay_id;
         held.trusted_until = Some(trusted_until);
         held.paused = paused;
-        held.lanes = lanes
-            .into_iter()
-            .enumerate()
-            .map(|(index, (lane, term, limit))| (lane, Lane { term, limit, draining: index as i64 >= share }))
-            .collect();
+        let mut groups: Vec<i16> = lanes.iter().map(|(lane, ..)| lane % self.groups).collect();
+        groups.dedup();
+        let draining = |lane: i16| groups.iter().skip(share).any(|group| *group == lane % self.groups);
+        let lane = |(lane, term, limit)| (lane, Lane { term, limit, draining: draining(lane) });
+        held.lanes = lanes.into_iter().map(lane).collect();
         Ok(())
     }
 
@@ -239,7 +243,13 @@ impl LeaseKeeper {
     ///
     /// A group of lanes is taken whole or not at all. Those who take lanes do so one after the other: two
     /// that pass over each other's locked rows would each come by a part of a group.
-    async fn take_free_lanes(&self, conn: &mut PgConnection, relay_id: Uuid, most: i64) -> Result<(), sqlx::Error> {
+    async fn take_free_lanes(
+        &self,
+        conn: &mut PgConnection,
+        relay_id: Uuid,
+        kept: &[i16],
+        more: i64,
+    ) -> Result<(), sqlx::Error> {
         sqlx::query("select from outbox_control for update").execute(&mut *conn).await?;
         let taken: Vec<(i16, Option<i32>)> = sqlx::query_as(
             "update outbox_lanes l
@@ -248,18 +258,21 @@ impl LeaseKeeper {
                                          else greatest(1, coalesce(attempt_limit, $3) / 8) end,
                     suspect_kills = suspect_kills + case when not clean and on_trial then 1 else 0 end,
                     on_trial = false
-               from (select lane from outbox_lanes f
+               from (select lane from outbox_lanes
                       where owner is null
-                        and not exists (select from outbox_lanes other
-                                         where other.lane % $4 = f.lane % $4 and other.owner <> $1)
-                      order by lane % $4, lane limit $2 for update skip locked) free
+                        and (lane % $4 = any($5)
+                             or lane % $4 in (select lane % $4 from outbox_lanes
+                                               group by lane % $4 having bool_and(owner is null)
+                                               order by lane % $4 limit $2))
+                        for update skip locked) free
               where l.lane = free.lane
              returning l.lane, l.attempt_limit",
         )
         .bind(relay_id)
-        .bind(most)
+        .bind(more)
         .bind(self.batch)
         .bind(self.groups)
+        .bind(kept)
         .fetch_all(conn)
         .await?;
         let suspected = taken.iter().filter(|(_, limit)| limit.is_some()).count();
@@ -296,10 +309,9 @@ pub(crate) async fn fence_name(conn: &mut PgConnection, group: usize) -> Result<
     .await
 }
 
-/// How many lanes each of `relays` processes may own: whole groups, rounded up, so that none stays unowned.
-fn fair_share(relays: i64, groups: i16) -> i64 {
-    let (groups, relays) = (i64::from(groups), relays.max(1));
-    (groups + relays - 1) / relays * (i64::from(LANES) / groups)
+/// How many groups of lanes each of `relays` processes may own: rounded up, so that none stays unowned.
+fn fair_share(relays: i64, groups: i16) -> usize {
+    usize::from(groups.unsigned_abs()).div_ceil(usize::try_from(relays).unwrap_or(1).max(1))
 }
 
 #[cfg(test)]
@@ -308,13 +320,13 @@ mod tests {
 
     #[test]
     fn shares_cover_all_lanes_however_many_relays_there_are() {
-        for relays in 1..=100 {
+        for relays in 1..=100_i64 {
             for groups in [LANES, FENCES as i16] {
-                assert!(fair_share(relays, groups) * relays >= i64::from(LANES), "{relays}");
+                assert!(fair_share(relays, groups) as i64 * relays >= i64::from(groups), "{relays}");
             }
         }
         assert_eq!([0, 1, 3, 64, 65].map(|relays| fair_share(relays, LANES)), [64, 64, 22, 1, 1]);
-        assert_eq!([0, 1, 3, 8, 9].map(|relays| fair_share(relays, FENCES as i16)), [64, 64, 24, 8, 8]);
+        assert_eq!([0, 1, 3, 8, 9].map(|relays| fair_share(relays, FENCES as i16)), [8, 8, 3, 1, 1]);
     }
 
     #[test]

@@ -69,6 +69,8 @@ pub enum PublisherError {
 #[derive(Debug)]
 pub(crate) struct Report {
     pub row_id: i64,
+    /// As given with the message.
+    pub reign: u64,
     pub result: Result<Place, Failure>,
 }
 
@@ -156,14 +158,15 @@ impl Publisher {
     }
 
     /// Hands one row to the client. Its report comes later, unless this fails.
-    pub(crate) fn enqueue(&self, row: &PendingRow) -> Result<(), NotEnqueued> {
+    /// `reign` comes back with the report.
+    pub(crate) fn enqueue(&self, row: &PendingRow, reign: u64) -> Result<(), NotEnqueued> {
         let headers = headers_of(row).map_err(|error| {
             NotEnqueued::Failed(Failure {
                 fault: Fault::Message,
                 reason: format!("its headers are not texts: {error}"),
             })
         })?;
-        let record = BaseRecord::with_opaque_to(&row.topic, Box::new(row.id))
+        let record = BaseRecord::with_opaque_to(&row.topic, Box::new((row.id, reign)))
             .key(&*row.key)
             .payload(&row.payload)
             .headers(headers);
@@ -277,15 +280,16 @@ impl ClientContext for Reports {
 }
 
 impl ProducerContext for Reports {
-    type DeliveryOpaque = Box<i64>;
+    type DeliveryOpaque = Box<(i64, u64)>;
 
-    fn delivery(&self, result: &DeliveryResult<'_>, row_id: Box<i64>) {
+    fn delivery(&self, result: &DeliveryResult<'_>, opaque: Box<(i64, u64)>) {
+        let (row_id, reign) = *opaque;
         let result = match result {
             Ok(message) => Ok(Place { partition: message.partition(), offset: message.offset() }),
             Err((error, _)) => Err(Failure::from(error)),
         };
         // The receiver is gone only when the worker is: nobody is left to tell.
-        let _ = self.0.send(Report { row_id: *row_id, result });
+        let _ = self.0.send(Report { row_id, reign, result });
     }
 }
 

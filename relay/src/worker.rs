@@ -51,6 +51,8 @@ pub(crate) struct Worker {
     wake: watch::Receiver<()>,
 
     relay_id: Uuid,
+    /// How often trust has run out.
+    reign: u64,
     /// Terms under which the rows in the window were read.
     terms: HashMap<i16, i64>,
     window: Window,
@@ -110,6 +112,7 @@ impl Worker {
             settings,
             wake,
             relay_id: Uuid::nil(),
+            reign: 0,
             terms: HashMap::new(),
             window: Window::default(),
             sent: Vec::new(),
@@ -241,6 +244,7 @@ impl Worker {
             }
             while self.publisher.report_now().is_some() {}
         }
+        self.reign += 1;
         if self.on_trial.is_some() {
             self.acquitted.extend(self.window.row_ids());
         }

@@ -115,7 +115,7 @@ async fn what_became_of_one_command_does_not_start_the_clock_of_the_next() {
     let mut lock = pool.begin().await.unwrap();
     sqlx::query("select from saga_state for update").execute(&mut *lock).await.unwrap();
     let reply = {
-        let (sagas, pool, done) = (sagas.clone(), pool.clone(), orders::reserved(saga_id));
+        let (sagas, pool, done) = (sagas.clone(), pool.clone(), orders::answer("stock.reserved", saga_id));
         tokio::spawn(async move { sagas.receive(&pool, &done).await })
     };
     until_waiting(&pool, 1).await;
@@ -131,6 +131,40 @@ async fn what_became_of_one_command_does_not_start_the_clock_of_the_next() {
     let saga = store::find(&mut conn, saga_id).await.unwrap().unwrap();
     assert_eq!((saga.status, saga.step.as_str()), (Status::Running, "charge"));
     assert_eq!(saga.deadline_at, None, "its command is not out yet");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parked_undo_leaves_its_saga_stuck_whatever_else_is_parked() {
+    let pool = orders::shop(pool().await).await;
+    let sagas = orders::sagas();
+    let mut tx = pool.begin().await.unwrap();
+    let new = Orders::new(None).begin(&mut tx).await.unwrap();
+    let saga_id = new.saga_id;
+    sagas.start(&mut tx, &orders::DEFINITION, new).await.unwrap();
+    tx.commit().await.unwrap();
+    let mut conn = pool.acquire().await.unwrap();
+    Courier::hire(&mut conn).await.unwrap().take_out(&mut conn).await.unwrap();
+    sagas.receive(&pool, &orders::answer("stock.not-reserved", saga_id)).await.unwrap();
+    // The undo can't be sent; nor can that of a saga which only a newer program knows, and which comes first.
+    sqlx::raw_sql(
+        "insert into outbox_parked (id, lane, key, seq, message_id, topic, payload, headers, saga_id, created_at, reason)
+         select id, lane, key, seq, message_id, topic, payload, headers, saga_id, created_at, 'too large' from outbox
+         union all
+         select 0, 0, 'x', 1, gen_random_uuid(), 't', '', '{}', gen_random_uuid(), now(), 'too large';
+         delete from outbox;
+         insert into saga_state (saga_id, name, definition_version, status, step, subject, data, correlation_id,
+                                 evidence, finished_at, undone)
+         select saga_id, 'of tomorrow', 1, 'compensated', 's', 'x', '{}', 'c', 'reply', now(), true
+           from outbox_parked where id = 0",
+    )
+    .execute(&mut *conn)
+    .await
+    .unwrap();
+    sagas.sweep(&pool, &mut SweepCursor::default()).await.unwrap();
+
+    let saga = store::find(&mut conn, saga_id).await.unwrap().unwrap();
+    assert_eq!(saga.status, Status::Stuck);
+    assert!(saga.stuck_reason.as_deref().unwrap().contains("can't be sent: too large"), "{:?}", saga.stuck_reason);
 }
 
 async fn until_waiting(pool: &PgPool, sessions: i64) {

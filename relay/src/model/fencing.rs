@@ -17,6 +17,10 @@
 //! forgotten when a new one has fenced: the broker refuses it. The broker's two phases of a commit
 //! are one here: `init_transactions` waits until a commit that has begun is through.
 //!
+//! The real relay keeps its fence while its lanes are elsewhere for a time, where the model raises one at
+//! every taking: whoever had the lanes and sent anything has raised its own, and what is sent behind the
+//! old one is refused, which is the model's failed send.
+//!
 //! Terms are numbers here and bounded, since what is at stake is which is the older.
 
 mod broker;

@@ -27,7 +27,7 @@ impl Worker {
             if alone && others {
                 return self.window.put_back(row_id);
             }
-            let enqueued = self.publisher.enqueue(row);
+            let enqueued = self.publisher.enqueue(row, self.reign);
             fault_points::reached_with("relay::enqueued", &row.key);
             match enqueued {
                 Ok(()) => self.alone = alone,
@@ -76,6 +76,10 @@ impl Worker {
     /// Takes one report in. `Some(true)`: the broker has the row; `Some(false)`: the broker or the
     /// way to it failed; `None`: nothing that tells about the broker.
     pub(super) fn reported(&mut self, report: Report) -> Option<bool> {
+        if report.reign != self.reign {
+            // Of a flight that was given up with the lease: the same row may be in flight anew.
+            return None;
+        }
         match report.result {
             Ok(place) => {
                 let row = self.window.acknowledged(report.row_id)?;

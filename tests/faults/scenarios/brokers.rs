@@ -25,6 +25,8 @@ pub fn scenarios() -> Vec<Scenario> {
         scenario!("the broker cut off, again and again", "every connection closed, new ones too", cut).on_own_broker(),
         scenario!("connections reset in the middle of a batch", "half a request arrives", reset).on_own_broker(),
         scenario!("a slow broker", "every packet late", slow).on_own_broker(),
+        scenario!("fenced: a broker that comes back slow", "one probe, and everything again", back_slow)
+            .on_own_broker(),
         scenario!("fenced: a slow broker", "every packet late", slow).on_own_broker(),
         scenario!("a topic that is not there yet", "the others go on; made later, it gets all", missing_topic),
         scenario!("a topic deleted and made anew", "under load", deleted_topic),
@@ -109,6 +111,21 @@ async fn slow(mut stage: Stage) -> Verdict {
     let (fleet, all) = start(&stage, &node).await;
     let (by, length) = (stage.millis(50, 400), stage.seconds(4, 60));
     load(&fleet, &all, &stage, node.wire.set_for(Wire::Slow(by), length)).await;
+    finish(fleet, all).await
+}
+
+/// Every acknowledgement takes longer than reports are collected, from the outage on.
+async fn back_slow(mut stage: Stage) -> Verdict {
+    let node = node::node().await;
+    let (fleet, all) = start(&stage, &node).await;
+    let (before, by) = (stage.millis(0, 500), stage.millis(30, 60));
+    (0..2).for_each(|_| fleet.disturbed());
+    load(&fleet, &all, &stage, async {
+        sleep(before).await;
+        node.wire.set_for(Wire::Cut, Duration::from_secs(3)).await;
+        node.wire.set(Wire::Slow(by));
+    })
+    .await;
     finish(fleet, all).await
 }
 

@@ -88,12 +88,14 @@ async fn frozen_by_turns(mut stage: Stage) -> Verdict {
     finish(fleet, pair.into()).await
 }
 
-/// The relay has looked whether the lanes are its own, and sends five seconds later.
+/// The relay has looked whether the lanes are its own, and sends most of what it has read five seconds later.
 async fn asleep(mut stage: Stage) -> Verdict {
     let fleet = Fleet::new(&stage, Wishes::default()).await;
     let rest = fleet.process("http,sagas", "", 0);
-    let skip = stage.roll(2, 8);
-    let sleeper = fleet.process("relay", &format!("relay::claimed={skip}*off->1*sleep(5000)->off"), 1);
+    let skip = stage.roll(0, 3);
+    // There before the relay is, so that it has much to send.
+    fleet.commit_events(12, 5).await;
+    let sleeper = fleet.process("relay", &format!("relay::enqueued={skip}*off->1*sleep(5000)->off"), 1);
     rest.until_up().await;
     fleet.until_count("select count(distinct owner) from outbox_lanes", 1, Duration::from_secs(20)).await;
     let other = fleet.process("relay", "", 0);

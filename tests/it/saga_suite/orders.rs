@@ -130,10 +130,10 @@ pub fn sagas() -> Orchestrator<Orders> {
     Orchestrator::new(settings, ALL, Orders::new(None), Wake::default())
 }
 
-/// The stock's answer to the first command.
-pub fn reserved(saga_id: Uuid) -> Received {
+/// The stock's answer to the first command, on this topic.
+pub fn answer(topic: &str, saga_id: Uuid) -> Received {
     Received {
-        topic: "stock.reserved".to_owned(),
+        topic: topic.to_owned(),
         partition: 0,
         offset: 0,
         timestamp_ms: 0,
