@@ -14,7 +14,7 @@ use auth_service::{
 use chrono::{Days, Utc};
 use outbox_relay::test_kit::Courier;
 use saga_orchestrator::{
-    NewSaga, Saga, Status,
+    NewSaga, Orchestrator, Saga, Status,
     deadlines::SweepCursor,
     flows::create_user,
     store,
@@ -100,13 +100,8 @@ async fn a_flow_of_three_steps_passes() {
 async fn what_became_of_one_command_does_not_start_the_clock_of_the_next() {
     let pool = orders::shop(pool().await).await;
     let sagas = orders::sagas();
-    let mut tx = pool.begin().await.unwrap();
-    let new = Orders::new(None).begin(&mut tx).await.unwrap();
-    let saga_id = new.saga_id;
-    sagas.start(&mut tx, &orders::DEFINITION, new).await.unwrap();
-    tx.commit().await.unwrap();
+    let saga_id = commanded(&pool, &sagas).await;
     let mut conn = pool.acquire().await.unwrap();
-    Courier::hire(&mut conn).await.unwrap().take_out(&mut conn).await.unwrap();
     let old = "update saga_state set updated_at = updated_at - interval '1 minute'";
     sqlx::query(old).execute(&mut *conn).await.unwrap();
 
@@ -137,13 +132,8 @@ async fn what_became_of_one_command_does_not_start_the_clock_of_the_next() {
 async fn a_parked_undo_leaves_its_saga_stuck_whatever_else_is_parked() {
     let pool = orders::shop(pool().await).await;
     let sagas = orders::sagas();
-    let mut tx = pool.begin().await.unwrap();
-    let new = Orders::new(None).begin(&mut tx).await.unwrap();
-    let saga_id = new.saga_id;
-    sagas.start(&mut tx, &orders::DEFINITION, new).await.unwrap();
-    tx.commit().await.unwrap();
+    let saga_id = commanded(&pool, &sagas).await;
     let mut conn = pool.acquire().await.unwrap();
-    Courier::hire(&mut conn).await.unwrap().take_out(&mut conn).await.unwrap();
     sagas.receive(&pool, &orders::answer("stock.not-reserved", saga_id)).await.unwrap();
     // The undo can't be sent; nor can that of a saga which only a newer program knows, and which comes first.
     sqlx::raw_sql(
@@ -165,6 +155,18 @@ async fn a_parked_undo_leaves_its_saga_stuck_whatever_else_is_parked() {
     let saga = store::find(&mut conn, saga_id).await.unwrap().unwrap();
     assert_eq!(saga.status, Status::Stuck);
     assert!(saga.stuck_reason.as_deref().unwrap().contains("can't be sent: too large"), "{:?}", saga.stuck_reason);
+}
+
+/// A saga whose first command is out.
+async fn commanded(pool: &PgPool, sagas: &Orchestrator<Orders>) -> Uuid {
+    let mut tx = pool.begin().await.unwrap();
+    let new = Orders::new(None).begin(&mut tx).await.unwrap();
+    let saga_id = new.saga_id;
+    sagas.start(&mut tx, &orders::DEFINITION, new).await.unwrap();
+    tx.commit().await.unwrap();
+    let mut conn = pool.acquire().await.unwrap();
+    Courier::hire(&mut conn).await.unwrap().take_out(&mut conn).await.unwrap();
+    saga_id
 }
 
 async fn until_waiting(pool: &PgPool, sessions: i64) {

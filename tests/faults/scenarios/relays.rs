@@ -17,7 +17,7 @@ pub fn scenarios() -> Vec<Scenario> {
     vec![
         scenario!("a relay frozen past its lease, thawed", "SIGSTOP, take-over, SIGCONT, twice", frozen),
         scenario!("asleep between looking and sending", "longer than its lease; the other takes over", asleep),
-        scenario!("fenced: asleep between looking and sending", "the broker refuses what it then sends", asleep),
+        scenario!("fenced: asleep between looking and sending", "behind fences, too", asleep),
         scenario!("fenced: both relays frozen by turns", "not a copy of what the other has sent", frozen_by_turns),
         scenario!("fenced: a relay killed under load, again and again", "the other takes over", killed),
         scenario!("fenced: hand-over under load", "whole groups of lanes", handed_over),
