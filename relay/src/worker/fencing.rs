@@ -56,13 +56,13 @@ impl Worker {
             self.abort().await;
             return Ok(false);
         }
-        let mut conn = self.pool.acquire().await?;
-        let name = lanes::fence_name(&mut conn, self.index).await?;
+        let name = lanes::fence_name(&mut *self.pool.acquire().await?, self.index).await?;
         if let Err(reason) = self.raise_fence(&name).await {
             tracing::warn!(worker = self.index, reason, "no fence at the broker yet; trying again");
             self.breaker.failed(Instant::now(), jitter());
         } else {
             let terms: Vec<LaneTerm> = trusted.lanes.keys().filter_map(|&lane| trusted.term(lane)).collect();
+            let mut conn = self.pool.acquire().await?;
             let lost = delivery::lost(&mut conn, trusted.relay_id, &terms).await?;
             if lost.is_empty() {
                 self.fence = Fence::Up;
