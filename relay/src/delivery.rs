@@ -88,7 +88,7 @@ pub(crate) async fn claim(
            from unnest($1::smallint[], $2::bigint[], $3::bigint[]) as l(lane, low, most)
           cross join lateral (
                 select o.id, o.lane, o.key, o.seq, o.topic, o.payload, o.headers, o.replay_of, o.created_at,
-                       coalesce(p.seq, 0) as published_seq, b.key is not null as blocked
+                       coalesce(p.seq, 0) as published_seq, coalesce(b.row_id <= o.id, false) as blocked
                   from outbox o
                   left join lateral (select seq from outbox_progress
                                       where key = o.key order by seq desc limit 1) p on true
@@ -206,8 +206,8 @@ impl ParkCause {
     }
 }
 
-/// Parks a key: the row that can't be sent and everything of its key behind it. Answers how many
-/// rows moved; 0 when the lane was lost, when the key is free again ([`ParkCause::Behind`]), or when
+/// Parks a key: the row that can't be sent and everything of its key behind it. What is before it stays:
+/// it may have been in the transaction at the broker that this row has broken. Answers how many rows moved; 0 when the lane was lost, when the key is free again ([`ParkCause::Behind`]), or when
 /// there is no gap ([`ParkCause::Gap`]).
 pub(crate) async fn park(
     conn: &mut PgConnection,
@@ -234,7 +234,7 @@ pub(crate) async fn park(
         ParkCause::Unsendable { row_id, .. } | ParkCause::Gap { row_id, .. } => {
             sqlx::query_scalar(
                 "insert into outbox_blocked as b (key, row_id) values ($1, $2)
-                 on conflict (key) do update set row_id = b.row_id returning row_id",
+                 on conflict (key) do update set row_id = least(b.row_id, excluded.row_id) returning row_id",
             )
             .bind(key)
             .bind(row_id)
@@ -250,7 +250,7 @@ pub(crate) async fn park(
     };
     let Some(head) = head else { return Ok(0) };
     let moved = sqlx::query(
-        "with gone as (delete from outbox where lane = $1 and key = $2 returning *)
+        "with gone as (delete from outbox where lane = $1 and key = $2 and id >= $3 returning *)
          insert into outbox_parked (id, lane, key, seq, message_id, topic, payload, headers, saga_id,
                                     replay_of, created_at, reason)
          select id, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at,

@@ -1,15 +1,17 @@
 //! Named places between two steps whose gap a crash must survive. With the feature `fault-points` the
 //! fault suite arms them through the environment variable `FAILPOINTS`, in the notation of the crate
 //! `fail`: `relay::acknowledged=3*off->return` ends the process, as `kill -9` would, the fourth time
-//! it gets there; `sleep(5000)` holds it there, `panic` kills the task. Without the feature nothing
-//! of this is in the binary.
+//! it gets there; `return(SIGSTOP)` holds the whole process there until it is sent SIGCONT, `sleep(5000)`
+//! one thread of it for so many milliseconds, `panic` kills the task. Without the feature nothing of this
+//! is in the binary.
 
 /// Every place, in the order an event passes them.
-pub const PLACES: [&str; 15] = [
+pub const PLACES: [&str; 16] = [
     "registration::prepared",
     "registration::committed",
     "relay::lanes_taken",
     "relay::claimed",
+    "relay::sending",
     "relay::enqueued",
     "relay::acknowledged",
     "relay::settled",
@@ -52,8 +54,12 @@ pub fn reached(place: &'static str) {
     #[cfg(feature = "fault-points")]
     {
         debug_assert!(PLACES.contains(&place), "{place} is not in PLACES");
-        // Nothing runs after an abort: no destructor, no flush, no farewell to any server.
-        fail::fail_point!(place, |_| std::process::abort());
+        fail::fail_point!(place, |how| if how.as_deref() == Some("SIGSTOP") {
+            nix::sys::signal::raise(nix::sys::signal::Signal::SIGSTOP).expect("it may stop itself");
+        } else {
+            // Nothing runs after an abort: no destructor, no flush, no farewell to any server.
+            std::process::abort()
+        });
     }
     #[cfg(not(feature = "fault-points"))]
     let _ = place;

@@ -201,7 +201,7 @@ impl Worker {
         }
         if !stopping && !trusted.paused {
             self.admit(&trusted).await?;
-            self.send_ready();
+            self.send_ready(&trusted);
         }
         self.collect_reports(&trusted, stopping || trusted.paused).await;
         self.settle(&trusted).await;
@@ -338,8 +338,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Parks what can never be sent. Only after [`archive`](Self::archive): what was sent of the
-    /// same key is in the outbox until then, and would be parked with the rest.
+    /// Parks what can never be sent. Only after [`archive`](Self::archive): until then the database does
+    /// not know what of the key is out.
     async fn park_unsendable(&mut self, trusted: &Trusted) -> Result<(), sqlx::Error> {
         while let Some((row, cause)) = self.unsendable.pop() {
             let Some(lane) = trusted.term(row.lane) else { continue };

@@ -84,6 +84,19 @@ impl Keeper {
         }
     }
 
+    /// Returns when the process stands still, held by SIGSTOP.
+    pub async fn until_frozen(&self) {
+        let frozen = || {
+            let pid = (*self.state.pid.lock().unwrap())?;
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            // The state is the first word after the program's name, which is in brackets.
+            stat.rsplit_once(") ").map(|(_, rest)| rest.starts_with('T'))
+        };
+        while frozen() != Some(true) {
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// Stops it for good, in good order.
     pub async fn stop(&mut self) {
         self.stop.cancel();
@@ -98,7 +111,9 @@ async fn keep(orders: Orders, state: Arc<State>, publish: watch::Sender<Option<S
         if life < orders.armed_lives {
             vars.push(("FAILPOINTS".to_owned(), orders.fail.clone()));
         }
-        let mut replica = Replica::start(&arguments, &vars);
+        let mut replica =
+            Logged { name: format!("{}-{life}", orders.name), replica: Replica::start(&arguments, &vars) };
+        let replica = &mut replica.replica;
         *state.pid.lock().unwrap() = replica.pid();
         loop {
             tokio::select! {
@@ -122,7 +137,6 @@ async fn keep(orders: Orders, state: Arc<State>, publish: watch::Sender<Option<S
         let given_up = replica.logged("giving up what is in flight");
         let rows = given_up.iter().filter_map(|line| line["rows"].as_u64()).sum();
         state.given_up.fetch_add(rows, Ordering::SeqCst);
-        write_log(&orders.name, life, &replica);
         if stop.is_cancelled() {
             return;
         }
@@ -130,10 +144,17 @@ async fn keep(orders: Orders, state: Arc<State>, publish: watch::Sender<Option<S
     }
 }
 
-/// What the process said, for whoever looks into a failure.
-fn write_log(name: &str, life: u32, replica: &Replica) {
-    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("faults");
-    let lines: Vec<String> = replica.logged("").iter().map(ToString::to_string).collect();
-    let _ = fs::create_dir_all(&folder);
-    let _ = fs::write(folder.join(format!("{name}-{life}.log")), lines.join("\n"));
+/// Leaves what the process said to whoever looks into a failure, also where the scenario ends before it.
+struct Logged {
+    name: String,
+    replica: Replica,
+}
+
+impl Drop for Logged {
+    fn drop(&mut self) {
+        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("faults");
+        let lines: Vec<String> = self.replica.logged("").iter().map(ToString::to_string).collect();
+        let _ = fs::create_dir_all(&folder);
+        let _ = fs::write(folder.join(format!("{}.log", self.name)), lines.join("\n"));
+    }
 }

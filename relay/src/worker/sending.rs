@@ -16,17 +16,20 @@ use crate::{
 };
 
 impl Worker {
-    /// Sends all that may be sent now. A broker refuses a whole batch for one message in it that is too
-    /// large, so a row that was refused goes again with nothing else in flight: then it is the one, or not.
-    pub(super) fn send_ready(&mut self) {
+    /// Sends all that may be sent now: before each message is looked whether the lease is over, so that a
+    /// process that was frozen among them appends one too many and not the rest of its window. A broker
+    /// refuses a whole batch for one message in it that is too large, so a row that was refused goes again
+    /// with nothing else in flight: then it is the one, or not.
+    pub(super) fn send_ready(&mut self, trusted: &Trusted) {
         self.alone &= self.window.in_flight() > 0;
-        while !self.alone && self.may_send() {
+        while !self.alone && Instant::now() < trusted.until && self.may_send() {
             let others = self.window.in_flight() > 0;
             let Some(row) = self.window.next_to_send() else { return };
             let (row_id, alone) = (row.id, self.refused.contains(&row.id));
             if alone && others {
                 return self.window.put_back(row_id);
             }
+            fault_points::reached("relay::sending");
             let enqueued = self.publisher.enqueue(row, self.reign);
             fault_points::reached_with("relay::enqueued", &row.key);
             match enqueued {
@@ -59,7 +62,7 @@ impl Worker {
                 None => {}
             }
             if !winding_down && self.breaker.allowance(Instant::now()) == Allowance::Everything {
-                self.send_ready();
+                self.send_ready(trusted);
             }
         }
         if delivered > 0 {

@@ -16,8 +16,8 @@ use crate::{
 pub fn scenarios() -> Vec<Scenario> {
     vec![
         scenario!("a relay frozen past its lease, thawed", "SIGSTOP, take-over, SIGCONT, twice", frozen),
-        scenario!("asleep between looking and sending", "longer than its lease; the other takes over", asleep),
-        scenario!("fenced: asleep between looking and sending", "behind fences, too", asleep),
+        scenario!("frozen between looking and sending", "thawed when the other has sent it all", frozen_while_sending),
+        scenario!("fenced: frozen between looking and sending", "not a copy", frozen_while_sending),
         scenario!("fenced: both relays frozen by turns", "not a copy of what the other has sent", frozen_by_turns),
         scenario!("fenced: a relay killed under load, again and again", "the other takes over", killed),
         scenario!("fenced: hand-over under load", "whole groups of lanes", handed_over),
@@ -88,20 +88,22 @@ async fn frozen_by_turns(mut stage: Stage) -> Verdict {
     finish(fleet, pair.into()).await
 }
 
-/// The relay has looked whether the lanes are its own, and sends most of what it has read five seconds later.
-async fn asleep(mut stage: Stage) -> Verdict {
+/// The relay has looked whether the lanes are its own, and sends when another has sent it all and archived it.
+async fn frozen_while_sending(mut stage: Stage) -> Verdict {
     let fleet = Fleet::new(&stage, Wishes::default()).await;
     let rest = fleet.process("http,sagas", "", 0);
-    let skip = stage.roll(0, 3);
     // There before the relay is, so that it has much to send.
-    fleet.commit_events(12, 5).await;
-    let sleeper = fleet.process("relay", &format!("relay::enqueued={skip}*off->1*sleep(5000)->off"), 1);
-    rest.until_up().await;
-    fleet.until_count("select count(distinct owner) from outbox_lanes", 1, Duration::from_secs(20)).await;
-    let other = fleet.process("relay", "", 0);
+    fleet.commit_events(stage.many(40), 3).await;
+    let skip = stage.roll(0, 20);
+    let frozen = fleet.process("relay", &format!("relay::sending={skip}*off->1*return(SIGSTOP)->off"), 1);
     fleet.disturbed();
-    under_load(&fleet, &[&rest], &stage, sleep(Duration::from_secs(6))).await;
-    finish(fleet, vec![rest, sleeper, other]).await
+    frozen.until_frozen().await;
+    let other = fleet.process("relay", "", 0);
+    fleet.until_count("select count(*) from outbox", 0, Duration::from_secs(90)).await;
+    frozen.signal(Signal::SIGCONT);
+    rest.until_up().await;
+    under_load(&fleet, &[&rest], &stage, sleep(Duration::from_secs(1))).await;
+    finish(fleet, vec![rest, frozen, other]).await
 }
 
 async fn killed(mut stage: Stage) -> Verdict {
