@@ -1,5 +1,7 @@
 //! Relays that fence each other off at the broker.
 
+use std::time::Duration;
+
 use outbox_relay::FENCES;
 
 use crate::support::outbox::{Outbox, RunningRelay, numbers};
@@ -48,7 +50,13 @@ async fn lanes_behind_one_fence_have_one_owner() {
     one.stop().await;
     outbox.until("select count(*) from outbox_lanes where owner is not null", 64).await;
     outbox.until("select count(distinct owner) from outbox_lanes", 2).await;
+    // A fourth comes, and a part of each group that it is to have stays away for a while.
+    let mut tx = outbox.pool.begin().await.unwrap();
+    sqlx::query("select from outbox_lanes where lane >= 56 for update").execute(&mut *tx).await.unwrap();
     let four = fencing(&outbox, "four");
+    outbox.until("select least(count(*), 1) from outbox_lanes where owner is null", 1).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    tx.rollback().await.unwrap();
     outbox.until("select count(distinct owner) from outbox_lanes where owner is not null", 3).await;
     outbox.until("select count(*) from outbox_lanes where owner is not null", 64).await;
     for n in 0..10 {
