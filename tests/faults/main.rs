@@ -57,13 +57,16 @@ struct Arguments {
     /// With the long waits: minutes instead of seconds, and more load
     #[arg(long)]
     full: bool,
-    /// Scenarios played at once
-    #[arg(long, default_value_t = 4, value_name = "N")]
+    /// Scenarios played at once, beside two that have an Apache Kafka of their own
+    #[arg(long, default_value_t = 8, value_name = "N")]
     at_once: usize,
     /// Name the scenarios and end
     #[arg(long)]
     list: bool,
 }
+
+/// How many further Apache Kafkas may run at once.
+const OWN_BROKERS: usize = 2;
 
 /// A scenario that has been played.
 struct Played {
@@ -105,7 +108,7 @@ async fn main() -> ExitCode {
 
 async fn play(arguments: &Arguments, chosen: &[&'static Scenario]) -> Vec<Played> {
     let room = Arc::new(Semaphore::new(arguments.at_once.max(1)));
-    let own_broker = Arc::new(Semaphore::new(1));
+    let own_broker = Arc::new(Semaphore::new(OWN_BROKERS));
     let mut playing = JoinSet::new();
     let total = chosen.len() as u64 * arguments.rounds;
     for seed in arguments.seed..arguments.seed + arguments.rounds {
@@ -113,12 +116,12 @@ async fn play(arguments: &Arguments, chosen: &[&'static Scenario]) -> Vec<Played
             let (room, own_broker) = (room.clone(), own_broker.clone());
             let full = arguments.full;
             playing.spawn(async move {
-                // A second Apache Kafka at a time is enough for this machine.
-                let _alone = match scenario.lane {
-                    Lane::Shared => None,
-                    Lane::OwnBroker => Some(own_broker.acquire_owned().await.expect("open")),
+                // Those with a broker of their own wait for nobody else, or they would all come last.
+                let lane = match scenario.lane {
+                    Lane::Shared => room,
+                    Lane::OwnBroker => own_broker,
                 };
-                let _room = room.acquire_owned().await.expect("open");
+                let _room = lane.acquire_owned().await.expect("open");
                 play_one(scenario, seed, full).await
             });
         }
