@@ -64,7 +64,7 @@ impl Parts {
     async fn start() -> Self {
         auth_service::crypto::install_provider();
         let scratch = tempfile::tempdir().expect("a scratch folder");
-        let options = PostgresOptions { durable: false, max_connections: 300, port: 0 };
+        let options = PostgresOptions { durable: false, max_connections: 600, port: 0 };
         let cluster =
             PrivateCluster::start(&scratch.path().join("postgres"), options).await.expect("PostgreSQL starts");
         let parts = Self { cluster, kafka: Kafka::start().await, _scratch: scratch };
