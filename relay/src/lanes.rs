@@ -241,7 +241,7 @@ impl LeaseKeeper {
     /// killed it: its new owner goes on with an eighth of what was in flight, down to one row, and a
     /// row that was alone in flight is charged with the death.
     ///
-    /// A group of lanes is taken whole or not at all. Those who take lanes do so one after the other: two
+    /// A group of lanes is taken whole or not at all. One relay takes lanes at a time: two
     /// that pass over each other's locked rows would each come by a part of a group.
     async fn take_free_lanes(
         &self,
@@ -250,7 +250,12 @@ impl LeaseKeeper {
         kept: &[i16],
         more: i64,
     ) -> Result<(), sqlx::Error> {
-        sqlx::query("select from outbox_control for update").execute(&mut *conn).await?;
+        // Nobody waits for his turn: a relay frozen in the middle of its own would keep all the others from
+        // renewing the trust in what they have.
+        let mine = sqlx::query("select from outbox_control for update skip locked").fetch_optional(&mut *conn).await?;
+        if mine.is_none() {
+            return Ok(());
+        }
         let taken: Vec<(i16, Option<i32>)> = sqlx::query_as(
             "update outbox_lanes l
                 set owner = $1, term = term + 1, clean = false,

@@ -69,6 +69,7 @@ pub struct Fleet {
     pub allowed: AtomicU64,
     /// No copy may stand behind the message the archive names.
     pub fenced: bool,
+    full: bool,
     vars: Vec<(String, String)>,
     name: String,
     client: reqwest::Client,
@@ -158,6 +159,7 @@ impl Fleet {
             told: Mutex::default(),
             allowed: AtomicU64::new(0),
             fenced: stage.fenced(),
+            full: stage.full,
             vars,
             name: format!("{}-{}", stage.name.replace([':', ' '], "_"), stage.seed),
             client: reqwest::Client::builder().timeout(Duration::from_secs(15)).build().expect("a client"),
@@ -304,9 +306,10 @@ impl Fleet {
         panic!("waited {patience:?} in vain for {query} = {expected}; it is {last}");
     }
 
-    /// Waits until nothing is under way any more, or until it has taken too long: then the checker
-    /// counts what is not at rest.
+    /// Waits until nothing is under way any more, or until it has taken too long, which in the full form is
+    /// four times as long: then the checker counts what is not at rest.
     pub async fn settle(&self, patience: Duration) {
+        let patience = patience * if self.full { 4 } else { 1 };
         let since = Instant::now();
         while since.elapsed() < patience && self.count(UNDER_WAY).await != 0 {
             sleep(Duration::from_millis(50)).await;

@@ -72,7 +72,7 @@ impl Keeper {
         self.state.deaths.load(Ordering::SeqCst)
     }
 
-    /// Rows it gave up because its lease was not renewed in time, over all lives that have ended.
+    /// Rows in flight when its lease was not renewed in time, as it says itself, over all lives that have ended.
     pub fn given_up(&self) -> u64 {
         self.state.given_up.load(Ordering::SeqCst)
     }
@@ -134,8 +134,10 @@ async fn keep(orders: Orders, state: Arc<State>, publish: watch::Sender<Option<S
         }
         *state.pid.lock().unwrap() = None;
         publish.send_replace(None);
-        let given_up = replica.logged("giving up what is in flight");
-        let rows = given_up.iter().filter_map(|line| line["rows"].as_u64()).sum();
+        let rows = [("giving up what is in flight", "rows"), ("under a term that is over", "fenced")]
+            .into_iter()
+            .flat_map(|(line, field)| replica.logged(line).into_iter().filter_map(move |line| line[field].as_u64()))
+            .sum();
         state.given_up.fetch_add(rows, Ordering::SeqCst);
         if stop.is_cancelled() {
             return;

@@ -90,3 +90,19 @@ async fn what_is_before_a_refused_message_goes_out_although_it_broke_their_trans
     let texts = outbox.texts_by_key().await;
     assert!(keys.iter().all(|key| texts[key] == numbers(1)), "{texts:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_frozen_while_it_takes_lanes_does_not_stop_the_others() {
+    let outbox = Outbox::new().await;
+    let relay = fencing(&outbox, "one");
+    outbox.append("a", "0").await;
+    outbox.until("select count(*) from outbox_archive", 1).await;
+    // What the frozen one would hold; the others' lease is over meanwhile, unless they renew it.
+    let mut frozen = outbox.pool.begin().await.unwrap();
+    sqlx::query("select from outbox_control for update").execute(&mut *frozen).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    outbox.append("a", "1").await;
+    outbox.until("select count(*) from outbox_archive", 2).await;
+    frozen.rollback().await.unwrap();
+    relay.stop().await;
+}
