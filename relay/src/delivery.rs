@@ -27,7 +27,7 @@ pub(crate) struct PendingRow {
     pub created_at: DateTime<Utc>,
     /// Sequence number of the last message of this key that is out.
     pub published_seq: i64,
-    /// An earlier message of this key is parked.
+    /// The key is blocked from an earlier message on, or from this one.
     pub blocked: bool,
 }
 
@@ -207,8 +207,9 @@ impl ParkCause {
 }
 
 /// Parks a key: the row that can't be sent and everything of its key behind it. What is before it stays:
-/// it may have been in the transaction at the broker that this row has broken. Answers how many rows moved; 0 when the lane was lost, when the key is free again ([`ParkCause::Behind`]), or when
-/// there is no gap ([`ParkCause::Gap`]).
+/// it may have been in the transaction at the broker that this row has broken. Answers how many rows moved;
+/// 0 when the lane was lost, when the row is not there any more, when the key is free again
+/// ([`ParkCause::Behind`]), or when there is no gap ([`ParkCause::Gap`]).
 pub(crate) async fn park(
     conn: &mut PgConnection,
     relay_id: Uuid,

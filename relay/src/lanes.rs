@@ -241,8 +241,8 @@ impl LeaseKeeper {
     /// killed it: its new owner goes on with an eighth of what was in flight, down to one row, and a
     /// row that was alone in flight is charged with the death.
     ///
-    /// A group of lanes is taken whole or not at all. One relay takes lanes at a time: two
-    /// that pass over each other's locked rows would each come by a part of a group.
+    /// A group of lanes is taken whole or not at all. One relay takes lanes at a time: two that pass over
+    /// each other's locked rows would each come by a part of a group.
     async fn take_free_lanes(
         &self,
         conn: &mut PgConnection,

@@ -348,7 +348,7 @@ impl Worker {
                 delivery::park(&mut conn, trusted.relay_id, lane, &row.key, &cause).await
             };
             match parked.await {
-                // No gap after all, or the lane is gone: look again from the beginning.
+                // No gap after all, or the row or the lane is gone: look again from the beginning.
                 Ok(0) => {
                     self.marks.reset(Instant::now());
                     self.claim_again_at = Instant::now();

@@ -111,9 +111,8 @@ async fn keep(orders: Orders, state: Arc<State>, publish: watch::Sender<Option<S
         if life < orders.armed_lives {
             vars.push(("FAILPOINTS".to_owned(), orders.fail.clone()));
         }
-        let mut replica =
-            Logged { name: format!("{}-{life}", orders.name), replica: Replica::start(&arguments, &vars) };
-        let replica = &mut replica.replica;
+        let replica = Replica::start(&arguments, &vars);
+        let Logged { replica, .. } = &mut Logged { name: format!("{}-{life}", orders.name), replica };
         *state.pid.lock().unwrap() = replica.pid();
         loop {
             tokio::select! {

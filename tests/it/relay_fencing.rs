@@ -4,11 +4,18 @@ use std::time::Duration;
 
 use outbox_relay::FENCES;
 
-use crate::support::outbox::{Outbox, RunningRelay, numbers};
+use crate::support::{
+    eventually,
+    outbox::{Outbox, RunningRelay, numbers},
+};
 
 fn fencing(outbox: &Outbox, name: &str) -> RunningRelay {
     outbox.relay_with(name, |relay| relay.fencing = true)
 }
+
+/// Until when the fourth relay has its lease, in microseconds.
+const LEASE_OF_FOUR: &str = "select (extract(epoch from lease_until) * 1000000)::bigint from outbox_relays
+     where name = 'four'";
 
 /// Writes down every moment in which the lanes behind one fence have two owners.
 const WITNESS: &str = "
@@ -55,7 +62,14 @@ async fn lanes_behind_one_fence_have_one_owner() {
     sqlx::query("select from outbox_lanes where lane >= 56 for update").execute(&mut *tx).await.unwrap();
     let four = fencing(&outbox, "four");
     outbox.until("select least(count(*), 1) from outbox_lanes where owner is null", 1).await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    // It renews its lease each time before it looks for lanes: when it has done so twice, it has looked once.
+    for _ in 0..2 {
+        let renewed = outbox.count(LEASE_OF_FOUR).await;
+        eventually("the fourth looks for lanes", || async {
+            (outbox.count(LEASE_OF_FOUR).await > renewed).then_some(())
+        })
+        .await;
+    }
     tx.rollback().await.unwrap();
     outbox.until("select count(distinct owner) from outbox_lanes where owner is not null", 3).await;
     outbox.until("select count(*) from outbox_lanes where owner is not null", 64).await;

@@ -16,10 +16,10 @@ use crate::{
 };
 
 impl Worker {
-    /// Sends all that may be sent now: before each message is looked whether the lease is over, so that a
-    /// process that was frozen among them appends one too many and not the rest of its window. A broker
-    /// refuses a whole batch for one message in it that is too large, so a row that was refused goes again
-    /// with nothing else in flight: then it is the one, or not.
+    /// Sends all that may be sent now. The lease is looked at before each message: a process that was frozen
+    /// among them gives the client one too many, beside what that has already, and not the rest of its window.
+    /// A broker refuses a whole batch for one message in it that is too large, so a row that was refused goes
+    /// again with nothing else in flight: then it is the one, or not.
     pub(super) fn send_ready(&mut self, trusted: &Trusted) {
         self.alone &= self.window.in_flight() > 0;
         while !self.alone && Instant::now() < trusted.until && self.may_send() {
