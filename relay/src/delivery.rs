@@ -188,10 +188,12 @@ pub(crate) async fn lost(conn: &mut PgConnection, relay_id: Uuid, terms: &[LaneT
 /// Why a key's rows leave the hot table without being sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ParkCause {
-    /// This row can't be sent; the reason is for the operator.
-    Unsendable { row_id: i64, reason: String },
-    /// The row before this one is missing, as far as was read.
-    Gap { row_id: i64, reason: String },
+    /// It can't be sent; the reason is for the operator.
+    Unsendable(String),
+    /// The row before it is missing, as far as was read.
+    Gap(String),
+    /// Its place in the sequence is out already. Nothing waits for it.
+    Stale(String),
     /// An earlier row of the key is parked already.
     Behind,
 }
@@ -200,21 +202,22 @@ impl ParkCause {
     /// For the operator.
     pub(crate) fn reason(&self) -> &str {
         match self {
-            ParkCause::Unsendable { reason, .. } | ParkCause::Gap { reason, .. } => reason,
+            ParkCause::Unsendable(reason) | ParkCause::Gap(reason) | ParkCause::Stale(reason) => reason,
             ParkCause::Behind => "",
         }
     }
 }
 
-/// Parks a key: the row that can't be sent and everything of its key behind it. What is before it stays:
-/// it may have been in the transaction at the broker that this row has broken. Answers how many rows moved;
+/// Parks a row that can't be sent, and everything of its key behind it unless it is [`Stale`](ParkCause::Stale).
+/// What is before it stays: it may have been in the transaction at the broker that this row has broken. Replays
+/// behind it stay too: they stand outside the sequence, and one may be in flight. Answers how many rows moved;
 /// 0 when the lane was lost, when the row is not there any more, when the key is free again
-/// ([`ParkCause::Behind`]), or when there is no gap ([`ParkCause::Gap`]).
+/// ([`Behind`](ParkCause::Behind)), or when there is no gap ([`Gap`](ParkCause::Gap)).
 pub(crate) async fn park(
     conn: &mut PgConnection,
     relay_id: Uuid,
     lane: LaneTerm,
-    key: &str,
+    row: &PendingRow,
     cause: &ParkCause,
 ) -> Result<u64, sqlx::Error> {
     let mut tx = conn.begin().await?;
@@ -230,28 +233,29 @@ pub(crate) async fn park(
     }
     // The key's row in outbox_blocked is the lock between parking here and an operator's replay: without
     // it a row could be parked behind a head that has just left the parking lot, and wait for nothing.
-    let head: Option<i64> = match cause {
-        ParkCause::Gap { .. } if !has_gap(&mut tx, key).await? => None,
-        ParkCause::Unsendable { row_id, .. } | ParkCause::Gap { row_id, .. } => {
-            sqlx::query_scalar(
-                "insert into outbox_blocked as b (key, row_id) values ($1, $2)
+    let head: Option<i64> =
+        match cause {
+            ParkCause::Stale(_) => Some(row.id),
+            ParkCause::Gap(_) if !has_gap(&mut tx, &row.key).await? => None,
+            ParkCause::Unsendable(_) | ParkCause::Gap(_) => sqlx::query_scalar(
+                "insert into outbox_blocked as b (key, row_id) select key, id from outbox where lane = $1 and id = $2
                  on conflict (key) do update set row_id = least(b.row_id, excluded.row_id) returning row_id",
             )
-            .bind(key)
-            .bind(row_id)
+            .bind(lane.lane)
+            .bind(row.id)
             .fetch_optional(&mut *tx)
-            .await?
-        }
-        ParkCause::Behind => {
-            sqlx::query_scalar("select row_id from outbox_blocked where key = $1 for update")
-                .bind(key)
-                .fetch_optional(&mut *tx)
-                .await?
-        }
-    };
+            .await?,
+            ParkCause::Behind => {
+                sqlx::query_scalar("select row_id from outbox_blocked where key = $1 for update")
+                    .bind(&*row.key)
+                    .fetch_optional(&mut *tx)
+                    .await?
+            }
+        };
     let Some(head) = head else { return Ok(0) };
     let moved = sqlx::query(
-        "with gone as (delete from outbox where lane = $1 and key = $2 and id >= $3 returning *)
+        "with gone as (delete from outbox where lane = $1 and key = $2
+                          and (id = $3 or $5 and id >= $3 and replay_of is null) returning *)
          insert into outbox_parked (id, lane, key, seq, message_id, topic, payload, headers, saga_id,
                                     replay_of, created_at, reason)
          select id, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at,
@@ -260,9 +264,10 @@ pub(crate) async fn park(
            from gone",
     )
     .bind(lane.lane)
-    .bind(key)
+    .bind(&*row.key)
     .bind(head)
     .bind(cause.reason())
+    .bind(!matches!(cause, ParkCause::Stale(_)))
     .execute(&mut *tx)
     .await?
     .rows_affected();

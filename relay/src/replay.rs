@@ -3,7 +3,9 @@
 //! them.
 
 use serde::Serialize;
-use sqlx::PgConnection;
+use sqlx::{Acquire, PgConnection};
+
+use crate::message::lane_of;
 
 /// What a replay did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -32,9 +34,17 @@ pub enum ReplayError {
     /// No such row.
     #[error("there is no outbox row {0}")]
     NotFound(i64),
-    /// It is on its way already.
-    #[error("row {0} is not out yet and goes out by itself")]
+    /// It, or a replay of it, is on its way already.
+    #[error("row {0} is on its way and goes out by itself")]
     Pending(i64),
+    /// It was sent again before, and that could not be done.
+    #[error("row {row} was sent again as row {replay}, which is parked: replay row {replay}")]
+    ReplayParked {
+        /// The row.
+        row: i64,
+        /// The parked one.
+        replay: i64,
+    },
     /// Later messages of its key exist.
     #[error(
         "row {row} is message {seq} of key {key:?}, and message {last} exists: sent again it would come after \
@@ -83,8 +93,15 @@ pub async fn replay(conn: &mut PgConnection, row_id: i64, force: bool) -> Result
 
 /// The rows keep their ids, and with them their order: whatever was appended since has higher ones.
 async fn unpark(conn: &mut PgConnection, key: &str) -> Result<Replayed, sqlx::Error> {
-    // The same lock the relay takes to park behind a parked row: see `delivery::park`.
-    sqlx::query("delete from outbox_blocked where key = $1").bind(key).execute(&mut *conn).await?;
+    // The same lock the relay takes to park behind a parked row: see `delivery::park`. Taken also where no row
+    // is: another replay may have removed it, and the relay may park the key anew before the next statement.
+    sqlx::query(
+        "insert into outbox_blocked as b (key, row_id) values ($1, 0)
+         on conflict (key) do update set row_id = b.row_id",
+    )
+    .bind(key)
+    .execute(&mut *conn)
+    .await?;
     let mut rows: Vec<i64> = sqlx::query_scalar(
         "with freed as (delete from outbox_parked where key = $1 returning *)
          insert into outbox (id, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at)
@@ -93,8 +110,9 @@ async fn unpark(conn: &mut PgConnection, key: &str) -> Result<Replayed, sqlx::Er
          returning id",
     )
     .bind(key)
-    .fetch_all(conn)
+    .fetch_all(&mut *conn)
     .await?;
+    sqlx::query("delete from outbox_blocked where key = $1").bind(key).execute(conn).await?;
     rows.sort_unstable();
     Ok(Replayed::Parked { key: key.to_owned(), rows })
 }
@@ -116,7 +134,8 @@ async fn send_again(
     if last > seq && !force {
         return Err(ReplayError::Overtaken { row: row_id, key: key.to_owned(), seq, last });
     }
-    let row = sqlx::query_scalar(
+    let mut tx = conn.begin().await?;
+    let row: Option<i64> = sqlx::query_scalar(
         "insert into outbox (lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of)
          select lane, key, seq, message_id, topic, payload, headers, saga_id, coalesce(replay_of, id)
            from outbox_archive where id = $1 limit 1
@@ -124,12 +143,24 @@ async fn send_again(
          returning id",
     )
     .bind(row_id)
-    .fetch_optional(conn)
+    .fetch_optional(&mut *tx)
     .await?;
-    match row {
-        Some(row) => Ok(Replayed::Published { row, replay_of: row_id }),
-        None => Err(ReplayError::Pending(row_id)),
+    let Some(row) = row else { return Err(ReplayError::Pending(row_id)) };
+    // Asked after the insert, which waited for a relay that was just parking the replay before.
+    let parked: Option<i64> = sqlx::query_scalar(
+        "select p.id from outbox_parked p join outbox o on o.key = p.key and o.seq = p.seq and o.replay_of = p.replay_of
+          where o.lane = $1 and o.id = $2",
+    )
+    .bind(lane_of(key))
+    .bind(row)
+    .fetch_optional(&mut *tx)
+    .await?;
+    if let Some(replay) = parked {
+        tx.rollback().await?;
+        return Err(ReplayError::ReplayParked { row: row_id, replay });
     }
+    tx.commit().await?;
+    Ok(Replayed::Published { row, replay_of: row_id })
 }
 
 async fn pending(conn: &mut PgConnection, row_id: i64) -> Result<bool, sqlx::Error> {

@@ -43,27 +43,36 @@ pub(crate) enum Refusal {
     Behind,
     /// The row before it is neither out nor here: something removed it behind the relay's back.
     Gap { expected: i64 },
+    /// Its place in the sequence is out already: something put it back behind the relay's back.
+    Stale,
 }
 
 impl Window {
     /// Takes rows in, in order of id. Answers with those that must not be sent; nothing later of
-    /// their keys is taken in either.
+    /// their keys is taken in either, but for replays and what is behind a stale row: neither depends on it.
     pub(crate) fn admit(&mut self, rows: Vec<PendingRow>) -> Vec<(PendingRow, Refusal)> {
         let mut refused: Vec<(PendingRow, Refusal)> = Vec::new();
         for row in rows {
-            if refused.iter().any(|(earlier, _)| earlier.key == row.key) {
+            let stops = |(earlier, why): &(PendingRow, Refusal)| earlier.key == row.key && *why != Refusal::Stale;
+            if row.replay_of.is_none() && refused.iter().any(stops) {
                 continue;
             }
             let expected = self.runs.get(&row.key).map_or(row.published_seq + 1, |run| run.next_seq);
-            if row.replay_of.is_none() && row.blocked {
-                refused.push((row, Refusal::Behind));
-            } else if row.replay_of.is_none() && row.seq != expected {
-                refused.push((row, Refusal::Gap { expected }));
-            } else {
-                self.push(row, expected);
+            match Self::refusal(&row, expected) {
+                Some(refusal) => refused.push((row, refusal)),
+                None => self.push(row, expected),
             }
         }
         refused
+    }
+
+    fn refusal(row: &PendingRow, expected: i64) -> Option<Refusal> {
+        match row.replay_of {
+            Some(_) => None,
+            None if row.blocked => Some(Refusal::Behind),
+            None if row.seq <= row.published_seq => Some(Refusal::Stale),
+            None => (row.seq != expected).then_some(Refusal::Gap { expected }),
+        }
     }
 
     fn push(&mut self, row: PendingRow, expected: i64) {
@@ -281,6 +290,25 @@ mod tests {
         let mut window = Window::default();
         let blocked = PendingRow { blocked: true, published_seq: 1, ..row(5, "a", 3) };
         assert_eq!(window.admit(vec![blocked])[0].1, Refusal::Behind);
+    }
+
+    #[test]
+    fn a_row_whose_place_is_out_already_is_refused_and_stops_nobody() {
+        let mut window = Window::default();
+        let stale = PendingRow { published_seq: 4, ..row(8, "a", 3) };
+        let next = PendingRow { published_seq: 4, ..row(9, "a", 5) };
+        let refused = window.admit(vec![stale, next]);
+        assert_eq!((refused.len(), &refused[0].1), (1, &Refusal::Stale));
+        assert_eq!(send_next(&mut window), Some(9));
+    }
+
+    #[test]
+    fn a_replay_goes_out_beside_what_is_parked() {
+        let mut window = Window::default();
+        let blocked = PendingRow { blocked: true, published_seq: 1, ..row(5, "a", 3) };
+        let replay = PendingRow { blocked: true, replay_of: Some(1), published_seq: 1, ..row(6, "a", 1) };
+        assert_eq!(window.admit(vec![blocked, replay]).len(), 1);
+        assert_eq!(send_next(&mut window), Some(6));
     }
 
     #[test]

@@ -338,34 +338,50 @@ impl Worker {
         Ok(())
     }
 
-    /// Parks what can never be sent. Only after [`archive`](Self::archive): until then the database does
+    /// Parks what can't be sent. Only after [`archive`](Self::archive): until then the database does
     /// not know what of the key is out.
     async fn park_unsendable(&mut self, trusted: &Trusted) -> Result<(), sqlx::Error> {
         while let Some((row, cause)) = self.unsendable.pop() {
             let Some(lane) = trusted.term(row.lane) else { continue };
             let parked = async {
                 let mut conn = self.pool.acquire().await?;
-                delivery::park(&mut conn, trusted.relay_id, lane, &row.key, &cause).await
+                delivery::park(&mut conn, trusted.relay_id, lane, &row, &cause).await
             };
             match parked.await {
-                // No gap after all, or the row or the lane is gone: look again from the beginning.
+                // No gap after all, or the row, the block or the lane is gone: look again from the beginning.
+                // Rows that contradict each other may say so for ever, and must not keep the processor busy.
                 Ok(0) => {
-                    self.marks.reset(Instant::now());
-                    self.claim_again_at = Instant::now();
+                    if matches!(cause, ParkCause::Gap(_)) && !self.keys.hold(&row.key, Instant::now()) {
+                        tracing::warn!(
+                            outbox.row = row.id,
+                            key = &*row.key,
+                            seq = row.seq,
+                            "its predecessor is in the outbox, but not before it; nothing of this key goes out"
+                        );
+                    }
+                    self.look_again();
                 }
                 Ok(rows) => {
-                    tracing::error!(
-                        outbox.row = row.id,
-                        key = &*row.key,
-                        topic = row.topic,
-                        rows,
-                        reason = cause.reason(),
-                        "parked: this message and everything behind it in its key waits for an operator"
-                    );
                     metrics::counter!("outbox_parked_total").increment(rows);
+                    let (id, key, topic) = (row.id, &*row.key, row.topic);
+                    if cause == ParkCause::Behind {
+                        tracing::info!(outbox.row = id, key, topic, rows, "parked behind an earlier row of its key");
+                    } else {
+                        let reason = cause.reason();
+                        tracing::error!(
+                            outbox.row = id,
+                            key,
+                            topic,
+                            rows,
+                            reason,
+                            "parked: waits for an operator, and everything behind it in its key with it"
+                        );
+                    }
                 }
+                // The row is read again, and comes here again. Whatever is wrong with it, the others go on.
                 Err(error) => {
-                    self.unsendable.push((row, cause));
+                    self.keys.hold(&row.key, Instant::now());
+                    self.look_again();
                     return Err(error);
                 }
             }

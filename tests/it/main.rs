@@ -19,6 +19,7 @@ mod relay;
 mod relay_deaths;
 mod relay_fencing;
 mod relay_parked;
+mod relay_replay;
 mod replicas;
 mod saga_suite;
 mod sagas;

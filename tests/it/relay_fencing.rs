@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use outbox_relay::FENCES;
+use outbox_relay::{FENCES, SESSION};
+use sqlx::{Connection, PgConnection};
 
 use crate::support::{
     eventually,
-    outbox::{Outbox, RunningRelay, numbers},
+    outbox::{Outbox, RunningRelay, numbers, small_messages},
 };
 
 fn fencing(outbox: &Outbox, name: &str) -> RunningRelay {
@@ -96,7 +97,7 @@ async fn what_is_before_a_refused_message_goes_out_although_it_broke_their_trans
     }
     let relay = outbox.relay_with("one", |relay| {
         relay.fencing = true;
-        relay.kafka.client = vec![("message.max.bytes".to_owned(), "20000".to_owned())];
+        small_messages(relay);
     });
     outbox.until("select count(*) from outbox_archive", 24).await;
     outbox.until("select count(*) from outbox_parked", 48).await;
@@ -119,4 +120,15 @@ async fn a_relay_frozen_while_it_takes_lanes_does_not_stop_the_others() {
     outbox.until("select count(*) from outbox_archive", 2).await;
     frozen.rollback().await.unwrap();
     relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_frozen_in_a_transaction_is_ended_and_its_locks_with_it() {
+    let outbox = Outbox::new().await;
+    let mut frozen =
+        PgConnection::connect_with(&(*outbox.pool.connect_options()).clone().options(SESSION)).await.unwrap();
+    sqlx::raw_sql("begin; select from outbox_control for update").execute(&mut frozen).await.unwrap();
+    // Waits for the lock, which is never given back.
+    sqlx::query("update outbox_control set paused_by = null").execute(&outbox.pool).await.unwrap();
+    assert!(frozen.ping().await.is_err(), "the session is over");
 }

@@ -79,7 +79,11 @@ impl Worker {
             }
         };
         let refused = self.window.admit(rows);
-        self.refuse(trusted, refused).await
+        self.unsendable.extend(refused.into_iter().map(|(row, refusal)| {
+            let cause = cause(&row, refusal);
+            (row, cause)
+        }));
+        Ok(())
     }
 
     /// These rows of a lane were read: all there are, unless it is `full`. A sweep knows the `newest` id.
@@ -153,8 +157,7 @@ impl Worker {
                 let reason = format!(
                     "the relay died {kills} times while this row alone was in flight; look at its payload and at the relay's last log lines before replaying it"
                 );
-                let cause = ParkCause::Unsendable { row_id: row.id, reason };
-                self.unsendable.push((row, cause));
+                self.unsendable.push((row, ParkCause::Unsendable(reason)));
                 Ok(Some(vec![]))
             }
             Some(_) => {
@@ -164,30 +167,19 @@ impl Worker {
             None => Ok(Some(vec![])),
         }
     }
+}
 
-    async fn refuse(&mut self, trusted: &Trusted, refused: Vec<(PendingRow, Refusal)>) -> Result<(), sqlx::Error> {
-        for (row, refusal) in refused {
-            match refusal {
-                Refusal::Behind => {
-                    if let Some(lane) = trusted.term(row.lane) {
-                        let mut conn = self.pool.acquire().await?;
-                        let cause = ParkCause::Behind;
-                        if delivery::park(&mut conn, trusted.relay_id, lane, &row.key, &cause).await? == 0 {
-                            // The key is free again.
-                            self.look_again();
-                        }
-                    }
-                }
-                Refusal::Gap { expected } => {
-                    let reason = format!(
-                        "sequence gap: message {} of this key came before message {expected} was out; a row was removed from the outbox by hand, or written without the library",
-                        row.seq
-                    );
-                    let cause = ParkCause::Gap { row_id: row.id, reason };
-                    self.unsendable.push((row, cause));
-                }
-            }
-        }
-        Ok(())
+/// Why a row that the window refused is to be parked.
+fn cause(row: &PendingRow, refusal: Refusal) -> ParkCause {
+    match refusal {
+        Refusal::Behind => ParkCause::Behind,
+        Refusal::Gap { expected } => ParkCause::Gap(format!(
+            "sequence gap: message {} of this key came before message {expected} was out; a row was removed from the outbox by hand, or written without the library",
+            row.seq
+        )),
+        Refusal::Stale => ParkCause::Stale(format!(
+            "message {} of this key came when message {} was out already; a row was put back into the outbox by hand, or written without the library. Nothing waits for it: replay the archived row instead, and delete this one",
+            row.seq, row.published_seq
+        )),
     }
 }

@@ -126,8 +126,7 @@ impl Worker {
             }
             Fault::Message => {
                 self.refused.remove(&row.id);
-                let cause = ParkCause::Unsendable { row_id: row.id, reason: failure.reason };
-                self.unsendable.push((row, cause));
+                self.unsendable.push((row, ParkCause::Unsendable(failure.reason)));
             }
             Fault::Topic => {
                 if self.topics.hold(&row.topic, now) {

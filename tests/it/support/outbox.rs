@@ -13,6 +13,10 @@ use super::{eventually, kafka, parts::PARTS};
 /// Small: an eighth of an eighth of it is one row.
 pub const BATCH: usize = 64;
 
+/// Who waits for somebody else's transaction.
+pub const WAITING: &str =
+    "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+
 pub struct Outbox {
     pub pool: PgPool,
     pub topic: String,
@@ -120,6 +124,11 @@ impl RunningRelay {
         self.task.abort();
         let _ = self.task.await;
     }
+}
+
+/// The producer takes no message of 20,000 bytes.
+pub fn small_messages(settings: &mut RelaySettings) {
+    settings.kafka.client = vec![("message.max.bytes".to_owned(), "20000".to_owned())];
 }
 
 pub fn numbers(up_to: usize) -> Vec<String> {

@@ -1,0 +1,122 @@
+//! What is out is sent again, and what is parked goes on: also when both happen at once.
+
+use outbox_relay::{ReplayError, append, replay};
+
+use crate::support::{
+    kafka,
+    outbox::{Outbox, WAITING, small_messages},
+    parts::PARTS,
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_published_message_is_sent_again_under_its_old_id_unless_later_ones_exist() {
+    let outbox = Outbox::new().await;
+    let first = outbox.append("a", "0").await;
+    let relay = outbox.relay("one");
+    outbox.until("select count(*) from outbox_archive", 1).await;
+    let mut conn = outbox.pool.acquire().await.unwrap();
+    replay(&mut conn, first, false).await.unwrap();
+    outbox.until("select count(*) from outbox_archive", 2).await;
+    let ids: Vec<String> = kafka::read_all(&PARTS.brokers(), std::slice::from_ref(&outbox.topic))
+        .await
+        .iter()
+        .map(|seen| seen.header("ce_id").to_owned())
+        .collect();
+    assert_eq!(ids[0], ids[1]);
+
+    outbox.append("a", "1").await;
+    let refused = replay(&mut conn, first, false).await.unwrap_err();
+    assert!(refused.to_string().contains("raise the dead"), "{refused}");
+    replay(&mut conn, first, true).await.unwrap();
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_that_is_parked_is_not_sent_a_second_time_beside_it() {
+    let outbox = Outbox::new().await;
+    let large = outbox.append("a", &"x".repeat(40_000)).await;
+    let relay = outbox.relay("one");
+    outbox.until("select count(*) from outbox_archive", 1).await;
+    relay.stop().await;
+    let mut conn = outbox.pool.acquire().await.unwrap();
+    replay(&mut conn, large, false).await.unwrap();
+    let relay = outbox.relay_with("two", small_messages);
+    outbox.until("select count(*) from outbox_parked", 1).await;
+    let Err(ReplayError::ReplayParked { replay: parked, .. }) = replay(&mut conn, large, false).await else {
+        panic!("its replay is parked")
+    };
+    relay.stop().await;
+    replay(&mut conn, parked, false).await.unwrap();
+    let relay = outbox.relay("three");
+    outbox.until("select count(*) from outbox_archive", 2).await;
+    relay.stop().await;
+    assert_eq!(outbox.texts_by_key().await["a"].len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_waits_for_the_one_before_to_be_parked() {
+    let outbox = Outbox::new().await;
+    let first = outbox.append("a", "0").await;
+    let relay = outbox.relay("one");
+    outbox.until("select count(*) from outbox_archive", 1).await;
+    relay.stop().await;
+    let mut conn = outbox.pool.acquire().await.unwrap();
+    replay(&mut conn, first, false).await.unwrap();
+    let mut parking = outbox.pool.begin().await.unwrap();
+    sqlx::query(
+        "with gone as (delete from outbox returning *)
+         insert into outbox_parked
+         select id, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at, now(), 'large'
+           from gone",
+    )
+    .execute(&mut *parking)
+    .await
+    .unwrap();
+    let second = tokio::spawn(async move { replay(&mut conn, first, false).await });
+    outbox.until(WAITING, 1).await;
+    parking.commit().await.unwrap();
+    assert!(matches!(second.await.unwrap(), Err(ReplayError::ReplayParked { .. })));
+    assert_eq!(outbox.count("select count(*) from outbox").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_goes_out_once_beside_what_is_parked_of_its_key() {
+    let outbox = Outbox::new().await;
+    let first = outbox.append("a", "0").await;
+    outbox.append("a", &"x".repeat(40_000)).await;
+    let relay = outbox.relay_with("one", small_messages);
+    outbox.until("select count(*) from outbox_parked", 1).await;
+    outbox.until("select count(*) from outbox_archive", 1).await;
+    let mut tx = outbox.pool.begin().await.unwrap();
+    replay(&mut tx, first, true).await.unwrap();
+    append(&mut tx, &outbox.message("a", "2")).await.unwrap();
+    tx.commit().await.unwrap();
+    outbox.until("select count(*) from outbox_archive", 2).await;
+    outbox.until("select count(*) from outbox_parked", 2).await;
+    relay.stop().await;
+    assert_eq!(outbox.texts_by_key().await["a"], ["0", "0"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_parked_again_between_two_replays_is_free_after_the_second() {
+    let outbox = Outbox::new().await;
+    outbox.append("a", "0").await;
+    let large = outbox.append("a", &"x".repeat(40_000)).await;
+    let relay = outbox.relay_with("one", small_messages);
+    outbox.until("select count(*) from outbox_parked", 1).await;
+    relay.stop().await;
+    // The first replay, and a relay that parks the key anew, in one.
+    let mut first = outbox.pool.begin().await.unwrap();
+    for statement in ["delete from outbox_blocked", "insert into outbox_blocked select key, id from outbox_parked"] {
+        sqlx::query(statement).execute(&mut *first).await.unwrap();
+    }
+    let mut conn = outbox.pool.acquire().await.unwrap();
+    let second = tokio::spawn(async move { replay(&mut conn, large, false).await });
+    outbox.until(WAITING, 1).await;
+    first.commit().await.unwrap();
+    second.await.unwrap().unwrap();
+    assert_eq!(outbox.count("select count(*) from outbox_blocked").await, 0);
+    let relay = outbox.relay("two");
+    outbox.until("select count(*) from outbox_archive", 2).await;
+    relay.stop().await;
+}
