@@ -129,6 +129,7 @@ async fn a_session_frozen_in_a_transaction_is_ended_and_its_locks_with_it() {
         PgConnection::connect_with(&(*outbox.pool.connect_options()).clone().options(SESSION)).await.unwrap();
     sqlx::raw_sql("begin; select from outbox_control for update").execute(&mut frozen).await.unwrap();
     // Waits for the lock, which is never given back.
-    sqlx::query("update outbox_control set paused_by = null").execute(&outbox.pool).await.unwrap();
+    let waiting = sqlx::query("update outbox_control set paused_by = null").execute(&outbox.pool);
+    tokio::time::timeout(Duration::from_secs(60), waiting).await.expect("the lock is free").unwrap();
     assert!(frozen.ping().await.is_err(), "the session is over");
 }
