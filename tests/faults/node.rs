@@ -119,10 +119,17 @@ pub async fn set_of_topic(brokers: &str, topic: &str, key: &str, value: &str) {
     }
 }
 
-/// Takes topics away, with all that is in them.
+/// Takes topics away, with all that is in them. The controller answers before the brokers have heard of it, and until
+/// then they take messages that go down with the topic: so this waits for them.
 pub async fn delete_topics(brokers: &str, names: &[&str]) {
     let (client, options) = admin(brokers);
     for deleted in client.delete_topics(names, &options).await.expect("topics") {
         deleted.expect("a topic");
+    }
+    for name in names {
+        let known = || client.inner().fetch_metadata(Some(name), Duration::from_secs(20)).expect("metadata");
+        while known().topics().iter().any(|topic| topic.error().is_none()) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 }
