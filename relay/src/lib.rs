@@ -9,9 +9,9 @@
 //!   numbered (`aggregate-seq`, from 1, without a gap) and checked: message n+1 is refused while n
 //!   is not out. With [`RelaySettings::fencing`] such a relay appends nothing at all any more: the
 //!   broker refuses it.
-//! - A message that can't be sent is parked, and everything behind it in its key with it. Parked
-//!   rows are visible, are never dropped, and go out in order when an operator replays them. Other
-//!   keys go on.
+//! - A message that can't be sent is parked, and everything behind it in its key with it, but for
+//!   replays of what is out already. Parked rows are visible, are never dropped, and go out in order
+//!   when an operator replays them. Other keys go on.
 //! - A broker that is away costs no message an attempt. A missing topic stops that topic alone.
 //! - A message that kills the relay is found by letting ever fewer messages fly after each death,
 //!   and parked when it has killed twice while alone.

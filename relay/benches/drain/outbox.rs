@@ -104,6 +104,8 @@ impl Outbox {
         }
         let mut holder = self.pool.begin().await?;
         sqlx::query("set transaction isolation level repeatable read").execute(&mut *holder).await?;
+        // It is somebody else's, whose sessions are not ended for that.
+        sqlx::query("set local idle_in_transaction_session_timeout = 0").execute(&mut *holder).await?;
         sqlx::query("select count(*) from outbox_keys").execute(&mut *holder).await?;
         let since = Instant::now();
         let mut held = vec![];

@@ -5,7 +5,7 @@ use std::{
     env,
     io::{BufRead, BufReader},
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, ChildStdin, Command, Stdio},
     sync::{
         LazyLock,
         atomic::{AtomicU32, Ordering},
@@ -48,8 +48,22 @@ static DATABASES: AtomicU32 = AtomicU32::new(0);
 pub struct Parts {
     cluster: PrivateCluster,
     kafka: Kafka,
-    _scratch: tempfile::TempDir,
+    /// Never written to: when this process ends, however it ends, the folder of the cluster goes.
+    _sweeper: ChildStdin,
 }
+
+/// Waits for the end of whoever started it, then for PostgreSQL's, and takes the folder away. Nothing here is
+/// ever dropped, and the folder of one run of all tests has two gigabytes.
+const SWEEPER: &str = r#"
+trap '' INT TERM HUP
+read -r _
+tries=0
+while [ "$tries" -lt 600 ] && [ -n "$(find "$0" -maxdepth 3 -name postmaster.pid)" ]; do
+    sleep 0.1
+    tries=$((tries + 1))
+done
+rm -rf "$0"
+"#;
 
 enum Kafka {
     /// Somebody else's, or the one this run started.
@@ -63,11 +77,13 @@ enum Kafka {
 impl Parts {
     async fn start() -> Self {
         auth_service::crypto::install_provider();
-        let scratch = tempfile::tempdir().expect("a scratch folder");
+        let scratch = tempfile::tempdir().expect("a scratch folder").keep();
+        let mut sweeper = Command::new("/bin/sh");
+        sweeper.args(["-c", SWEEPER]).arg(&scratch).stdout(Stdio::null()).stderr(Stdio::null());
+        let sweeper = sweeper.stdin(Stdio::piped()).spawn().expect("a shell").stdin.take().expect("its input");
         let options = PostgresOptions { durable: false, max_connections: 600, port: 0 };
-        let cluster =
-            PrivateCluster::start(&scratch.path().join("postgres"), options).await.expect("PostgreSQL starts");
-        let parts = Self { cluster, kafka: Kafka::start().await, _scratch: scratch };
+        let cluster = PrivateCluster::start(&scratch.join("postgres"), options).await.expect("PostgreSQL starts");
+        let parts = Self { cluster, kafka: Kafka::start().await, _sweeper: sweeper };
         parts.cluster.create_database(TEMPLATE).await.expect("the template");
         migrations::run(&parts.connect_options(TEMPLATE)).await.expect("the migrations");
         parts
