@@ -199,11 +199,11 @@ pub(crate) enum ParkCause {
 }
 
 impl ParkCause {
-    /// For the operator.
-    pub(crate) fn reason(&self) -> &str {
+    /// For the operator; a row that is behind another has no reason of its own.
+    pub(crate) fn reason(&self) -> Option<&str> {
         match self {
-            ParkCause::Unsendable(reason) | ParkCause::Gap(reason) | ParkCause::Stale(reason) => reason,
-            ParkCause::Behind => "",
+            ParkCause::Unsendable(reason) | ParkCause::Gap(reason) | ParkCause::Stale(reason) => Some(reason),
+            ParkCause::Behind => None,
         }
     }
 }
@@ -255,12 +255,12 @@ pub(crate) async fn park(
     let Some(head) = head else { return Ok(0) };
     let moved = sqlx::query(
         "with gone as (delete from outbox where lane = $1 and key = $2
-                          and (id = $3 or $5 and id >= $3 and replay_of is null) returning *)
+                          and (id = $6 or $5 and id >= $3 and replay_of is null) returning *)
          insert into outbox_parked (id, lane, key, seq, message_id, topic, payload, headers, saga_id,
                                     replay_of, created_at, reason)
          select id, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at,
-                case when id = $3 then $4
-                     else 'waits behind row ' || $3 || ' of the same key, which is parked' end
+                coalesce(case when id = $6 then $4 end,
+                         'waits behind row ' || $3 || ' of the same key, which is parked')
            from gone",
     )
     .bind(lane.lane)
@@ -268,6 +268,7 @@ pub(crate) async fn park(
     .bind(head)
     .bind(cause.reason())
     .bind(!matches!(cause, ParkCause::Stale(_)))
+    .bind(row.id)
     .execute(&mut *tx)
     .await?
     .rows_affected();

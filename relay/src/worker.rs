@@ -357,7 +357,8 @@ impl Worker {
                 // No gap after all, or the row, the block or the lane is gone: look again from the beginning.
                 // Rows that contradict each other may say so for ever, and must not keep the processor busy.
                 Ok(0) => {
-                    if matches!(cause, ParkCause::Gap(_)) && !self.keys.hold(&row.key, Instant::now()) {
+                    let again = cause != ParkCause::Behind && !self.keys.hold(&row.key, Instant::now());
+                    if again && matches!(cause, ParkCause::Gap(_)) {
                         tracing::warn!(
                             outbox.row = row.id,
                             key = &*row.key,

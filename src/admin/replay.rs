@@ -176,13 +176,14 @@ fn chosen(mut params: Params, order: &Order) -> Result<OutboxFilter, AdminError>
 }
 
 async fn replay_all(conn: &mut PgConnection, filter: &OutboxFilter, order: &Order) -> Result<Many, sqlx::Error> {
-    let mut rows: Vec<i64> = outbox::list(&mut *conn, filter).await?.iter().map(|row| row.id).collect();
-    let next_cursor = rows.last().copied().filter(|_| i64::try_from(rows.len()) == Ok(filter.limit));
-    // Oldest first: what is sent again keeps its order, and two operators at once can't deadlock.
-    rows.sort_unstable();
+    let mut rows = outbox::list(&mut *conn, filter).await?;
+    let next_cursor = rows.last().map(|row| row.id).filter(|_| i64::try_from(rows.len()) == Ok(filter.limit));
+    // Key by key, which is what gets locked: two operators at once can't deadlock. Oldest first within a key: what
+    // is sent again keeps its order.
+    rows.sort_unstable_by(|one, other| (&one.key, one.id).cmp(&(&other.key, other.id)));
     let mut many = Many { dry_run: order.dry_run, replayed: vec![], refused: vec![], next_cursor };
     let mut freed: Vec<i64> = vec![];
-    for id in rows {
+    for id in rows.into_iter().map(|row| row.id) {
         // It went along with an earlier row of its key.
         if freed.contains(&id) {
             continue;

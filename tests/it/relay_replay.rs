@@ -100,6 +100,30 @@ async fn a_replay_stands_beside_what_is_parked_of_its_key() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_replay_that_is_refused_is_parked_beside_what_is_parked_of_its_key() {
+    for fencing in [false, true] {
+        let outbox = Outbox::new().await;
+        let first = outbox.append("a", &"x".repeat(40_000)).await;
+        let relay = outbox.relay("one");
+        outbox.until("select count(*) from outbox_archive", 1).await;
+        relay.stop().await;
+        outbox.append("a", &"y".repeat(40_000)).await;
+        let relay = outbox.relay_with("two", |settings| {
+            small_messages(settings);
+            settings.fencing = fencing;
+        });
+        outbox.until("select count(*) from outbox_parked", 1).await;
+        replay(&mut outbox.pool.acquire().await.unwrap(), first, true).await.unwrap();
+        outbox
+            .until("select count(*) from outbox_parked where replay_of is not null and reason ilike '%too large%'", 1)
+            .await;
+        outbox.append("b", "0").await;
+        outbox.until("select count(*) from outbox_archive", 2).await;
+        relay.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_key_that_is_parked_again_between_two_replays_is_free_after_the_second() {
     let outbox = Outbox::new().await;
     outbox.append("a", "0").await;
