@@ -120,12 +120,14 @@ async fn back_slow(mut stage: Stage) -> Verdict {
     let (fleet, all) = start(&stage, &node).await;
     let (before, by) = (stage.millis(0, 500), stage.millis(30, 60));
     (0..2).for_each(|_| fleet.disturbed());
-    load(&fleet, &all, &stage, async {
+    let harm = async {
         sleep(before).await;
         node.wire.set_for(Wire::Cut, Duration::from_secs(3)).await;
         node.wire.set(Wire::Slow(by));
-    })
-    .await;
+    };
+    // Such a wire carries one packet after the other, and lets some ten fenced messages a second through: no more
+    // of them than are out while anybody waits, however long the rest of the form.
+    fleet.load(&[&all], stage.many(8), (8, stage.many(60).min(240)), harm).await;
     finish(fleet, all).await
 }
 
