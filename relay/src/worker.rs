@@ -375,14 +375,7 @@ impl Worker {
                         tracing::info!(outbox.row = id, key, topic, rows, "parked behind an earlier row of its key");
                     } else {
                         let reason = cause.reason();
-                        tracing::error!(
-                            outbox.row = id,
-                            key,
-                            topic,
-                            rows,
-                            reason,
-                            "parked: waits for an operator, and everything behind it in its key with it"
-                        );
+                        tracing::error!(outbox.row = id, key, topic, rows, reason, "parked: waits for an operator");
                     }
                 }
                 // The row is read again, and comes here again. Whatever is wrong with it, the others go on.
