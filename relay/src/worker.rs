@@ -32,9 +32,6 @@ use crate::{
 /// How long reports are collected before what is there is archived: long enough to archive many
 /// rows in one transaction, short enough not to show.
 const COLLECT: Duration = Duration::from_millis(20);
-/// Where a commit at the broker takes longer than that, reports are collected for as long as it takes, so that at
-/// least half of the time goes into sending; but no longer than this.
-const COLLECT_LONGEST: Duration = Duration::from_millis(500);
 /// Longest a step may take where the lease is shorter: a sweep under a held snapshot takes seconds.
 const STEP: Duration = Duration::from_secs(40);
 /// Between two looks whether the operator lets the relay go on.
@@ -51,8 +48,6 @@ pub(crate) struct Worker {
     ownership: Ownership,
     publisher: Publisher,
     fence: Fence,
-    /// How long the last commit at the broker took.
-    commit_took: Duration,
     wake: watch::Receiver<()>,
 
     relay_id: Uuid,
@@ -115,7 +110,6 @@ impl Worker {
             publisher,
             fence: if settings.fencing { Fence::Down } else { Fence::Up },
             settings,
-            commit_took: Duration::ZERO,
             wake,
             relay_id: Uuid::nil(),
             reign: 0,

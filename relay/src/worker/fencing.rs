@@ -112,7 +112,7 @@ impl Worker {
     pub(super) async fn settle(&mut self, trusted: &Trusted) {
         match self.fence {
             Fence::Up => {}
-            Fence::InTransaction => match self.commit().await {
+            Fence::InTransaction => match self.publisher.commit(self.settings.patience()).await {
                 Ok(()) => self.settled(trusted).await,
                 Err(reason) => {
                     tracing::warn!(worker = self.index, reason, "a transaction was not committed; sending again");
@@ -123,13 +123,6 @@ impl Worker {
             Fence::Broken => self.abort().await,
             Fence::Down => self.forget_unsettled(),
         }
-    }
-
-    async fn commit(&mut self) -> Result<(), String> {
-        let begun = Instant::now();
-        let committed = self.publisher.commit(self.settings.patience()).await;
-        self.commit_took = begun.elapsed();
-        committed
     }
 
     /// Every message of the transaction is out, and its report is there or about to be.

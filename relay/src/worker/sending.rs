@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use tokio::time::timeout_at;
 
-use super::{COLLECT, COLLECT_LONGEST, Worker};
+use super::{COLLECT, Worker};
 use crate::{
     breaker::Allowance,
     delivery::{ParkCause, SentRow},
@@ -46,8 +46,7 @@ impl Worker {
 
     /// Waits for reports, and sends the next of each key as soon as the one before is acknowledged.
     pub(super) async fn collect_reports(&mut self, trusted: &Trusted, winding_down: bool) {
-        let collect = self.commit_took.clamp(COLLECT, COLLECT_LONGEST);
-        let until = (Instant::now() + collect).min(trusted.until);
+        let until = (Instant::now() + COLLECT).min(trusted.until);
         let (mut delivered, mut failed) = (0u64, 0u64);
         while self.window.in_flight() > 0 && self.sent.len() < (self.settings.batch / 2).max(1) {
             let report = match self.publisher.report_now() {
