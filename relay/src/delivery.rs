@@ -58,7 +58,17 @@ pub(crate) struct LaneTerm {
     pub term: i64,
 }
 
-/// What to read, besides the lanes.
+/// What to read of a lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LaneClaim {
+    pub lane: i16,
+    /// Rows with higher ids.
+    pub above: i64,
+    /// So many at the most.
+    pub most: i64,
+}
+
+/// What not to read.
 #[derive(Debug, Default)]
 pub(crate) struct ClaimFilter {
     /// Rows that are in memory already.
@@ -70,22 +80,19 @@ pub(crate) struct ClaimFilter {
     pub held_keys: Vec<String>,
 }
 
-/// Reads what is not out yet in these lanes, oldest first, `limits[i]` rows of `lanes[i]` at the
-/// most and only ids above `low_marks[i]`.
+/// Reads what is not out yet in these lanes, oldest first.
 ///
 /// This is a read of the unpublished set, not of a cursor: ids become visible out of order, and a
-/// cursor would step over the late ones. The marks are a hint that spares the dead rows a held
-/// snapshot keeps alive; the caller sweeps without them regularly.
+/// cursor would step over the late ones. Where to begin is a hint that spares the dead rows a held
+/// snapshot keeps alive; the caller sweeps without it regularly.
 pub(crate) async fn claim(
     conn: &mut PgConnection,
-    lanes: &[i16],
-    low_marks: &[i64],
-    limits: &[i64],
+    lanes: &[LaneClaim],
     filter: &ClaimFilter,
 ) -> Result<Vec<PendingRow>, sqlx::Error> {
     let mut rows: Vec<PendingRow> = sqlx::query_as(
         "select r.*
-           from unnest($1::smallint[], $2::bigint[], $3::bigint[]) as l(lane, low, most)
+           from unnest($1::smallint[], $2::bigint[], $3::bigint[]) as l(lane, above, most)
           cross join lateral (
                 select o.id, o.lane, o.key, o.seq, o.topic, o.payload, o.headers, o.replay_of, o.created_at,
                        coalesce(p.seq, 0) as published_seq, coalesce(b.row_id <= o.id, false) as blocked
@@ -93,15 +100,15 @@ pub(crate) async fn claim(
                   left join lateral (select seq from outbox_progress
                                       where key = o.key order by seq desc limit 1) p on true
                   left join outbox_blocked b on b.key = o.key
-                 where o.lane = l.lane and o.id > l.low
+                 where o.lane = l.lane and o.id > l.above
                    and o.id <> all($4) and o.topic <> all($5) and o.key <> all($6)
                    and (cardinality($5) = 0 or o.replay_of is not null or o.seq <= coalesce(p.seq, 0) + 1)
                  order by o.id
                  limit l.most) r",
     )
-    .bind(lanes)
-    .bind(low_marks)
-    .bind(limits)
+    .bind(lanes.iter().map(|l| l.lane).collect::<Vec<_>>())
+    .bind(lanes.iter().map(|l| l.above).collect::<Vec<_>>())
+    .bind(lanes.iter().map(|l| l.most).collect::<Vec<_>>())
     .bind(&filter.known_ids)
     .bind(&filter.paused_topics)
     .bind(&filter.held_keys)
@@ -112,23 +119,44 @@ pub(crate) async fn claim(
     Ok(rows)
 }
 
-/// The newest id that was given out. What is above it did not exist when this was asked.
-pub(crate) async fn newest_id(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
-    sqlx::query_scalar("select last_value - case when is_called then 0 else 1 end from outbox_id_seq")
-        .fetch_one(conn)
-        .await
+/// What the next statement of this connection will see at the least.
+#[derive(Debug, Clone, Copy, sqlx::FromRow)]
+pub(crate) struct Horizon {
+    /// The newest id that was given out. What is above it did not exist when this was asked.
+    pub newest_id: i64,
+    /// The number of the oldest transaction that had not ended.
+    pub oldest_running: i64,
 }
 
-/// Moves acknowledged rows to the archive and notes how far their keys are out. Answers with the
-/// ids that were moved: a row of a lane that was lost stays for the lane's new owner, who sends it
-/// again under the same message id.
+/// Asked before a read, so that the read sees no less.
+pub(crate) async fn horizon(conn: &mut PgConnection) -> Result<Horizon, sqlx::Error> {
+    sqlx::query_as(
+        "select last_value - case when is_called then 0 else 1 end as newest_id,
+                pg_snapshot_xmin(pg_current_snapshot())::text::bigint as oldest_running
+           from outbox_id_seq",
+    )
+    .fetch_one(conn)
+    .await
+}
+
+/// What [`finish`] has moved.
+#[derive(Debug, Default)]
+pub(crate) struct Finished {
+    /// These rows. One of a lane that was lost stays for the lane's new owner, who sends it again under the
+    /// same message id.
+    pub ids: Vec<i64>,
+    /// The transaction's number, where it moved any.
+    pub xid: Option<i64>,
+}
+
+/// Moves acknowledged rows to the archive and notes how far their keys are out.
 pub(crate) async fn finish(
     conn: &mut PgConnection,
     relay_id: Uuid,
     terms: &[LaneTerm],
     sent: &[SentRow],
-) -> Result<Vec<i64>, sqlx::Error> {
-    sqlx::query_scalar(
+) -> Result<Finished, sqlx::Error> {
+    let moved: Vec<(i64, i64)> = sqlx::query_as(
         // Lanes are locked in their own order: a hand-over that locks several at once does too.
         // The share lock makes a take-over wait until this commits, or this one see the new term.
         "with owned as materialized (
@@ -159,7 +187,7 @@ pub(crate) async fn finish(
          ), progressed as (
              insert into outbox_progress (key, seq) select key, seq from stepped on conflict do nothing
          )
-         select id from gone",
+         select id, pg_current_xact_id()::text::bigint from gone",
     )
     .bind(relay_id)
     .bind(terms.iter().map(|t| t.lane).collect::<Vec<_>>())
@@ -169,7 +197,8 @@ pub(crate) async fn finish(
     .bind(sent.iter().map(|s| s.partition).collect::<Vec<_>>())
     .bind(sent.iter().map(|s| s.offset).collect::<Vec<_>>())
     .fetch_all(conn)
-    .await
+    .await?;
+    Ok(Finished { xid: moved.first().map(|&(_, xid)| xid), ids: moved.into_iter().map(|(id, _)| id).collect() })
 }
 
 /// Those of these lanes that have another owner or term by now.

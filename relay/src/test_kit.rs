@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, time::Duration};
 use sqlx::PgConnection;
 
 use crate::{
-    delivery::{self, ClaimFilter, LaneTerm, PendingRow, SentRow},
+    delivery::{self, ClaimFilter, LaneClaim, LaneTerm, PendingRow, SentRow},
     lanes::{LeaseKeeper, Ownership, Trusted},
     message::LANES,
 };
@@ -47,17 +47,17 @@ impl Courier {
     pub async fn take_out(&mut self, conn: &mut PgConnection) -> Result<Vec<Delivered>, sqlx::Error> {
         let trusted = self.trusted()?;
         let terms: Vec<LaneTerm> = trusted.lanes.keys().filter_map(|lane| trusted.term(*lane)).collect();
-        let lanes: Vec<i16> = terms.iter().map(|term| term.lane).collect();
-        let (low_marks, limits) = (vec![0; lanes.len()], vec![BATCH as i64; lanes.len()]);
+        let lanes: Vec<LaneClaim> =
+            terms.iter().map(|term| LaneClaim { lane: term.lane, above: 0, most: BATCH as i64 }).collect();
         let mut delivered = vec![];
         loop {
-            let rows = delivery::claim(conn, &lanes, &low_marks, &limits, &ClaimFilter::default()).await?;
+            let rows = delivery::claim(conn, &lanes, &ClaimFilter::default()).await?;
             if rows.is_empty() {
                 return Ok(delivered);
             }
             let sent: Vec<SentRow> = rows.iter().map(|row| self.sent(row)).collect();
             let archived = delivery::finish(conn, trusted.relay_id, &terms, &sent).await?;
-            if archived.len() < rows.len() {
+            if archived.ids.len() < rows.len() {
                 return Err(somebody_else());
             }
             for row in rows {

@@ -19,7 +19,7 @@ use uuid::Uuid;
 use self::fencing::Fence;
 use crate::{
     breaker::{Allowance, Breaker},
-    delivery::{self, LaneTerm, ParkCause, PendingRow, SentRow},
+    delivery::{self, Finished, LaneTerm, ParkCause, PendingRow, SentRow},
     fault_points,
     holds::Holds,
     lanes::{Ownership, Trusted},
@@ -311,8 +311,11 @@ impl Worker {
         lanes.dedup();
         let terms: Vec<LaneTerm> = lanes.iter().filter_map(|&lane| trusted.term(lane)).collect();
         let mut conn = self.pool.acquire().await?;
-        let archived = delivery::finish(&mut conn, trusted.relay_id, &terms, &self.sent).await?;
+        let Finished { ids: archived, xid } = delivery::finish(&mut conn, trusted.relay_id, &terms, &self.sent).await?;
         fault_points::reached("relay::archived");
+        if let Some(xid) = xid {
+            self.marks.wrote(xid);
+        }
         if archived.len() < self.sent.len() {
             let fenced = self.sent.len() - archived.len();
             tracing::warn!(

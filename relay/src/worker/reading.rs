@@ -1,15 +1,19 @@
 //! From the outbox into the window.
 
-use std::{collections::HashMap, time::Instant};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Instant,
+};
 
 use tokio::time::timeout_at;
 
 use super::{KILLS_TO_PARK, Worker};
 use crate::{
     breaker::Allowance,
-    delivery::{self, ClaimFilter, ParkCause, PendingRow},
+    delivery::{self, ClaimFilter, LaneClaim, ParkCause, PendingRow},
     fault_points,
     lanes::Trusted,
+    low_marks::{LaneRead, Start},
     window::Refusal,
 };
 
@@ -25,8 +29,8 @@ impl Worker {
         if matches!(allowance, Allowance::NothingUntil(_)) {
             return Ok(());
         }
-        let (lanes, limits) = self.lane_limits(trusted, room);
-        if lanes.is_empty() {
+        let limits = self.lane_limits(trusted, room);
+        if limits.is_empty() {
             self.claim_again_at = now + self.settings.poll;
             return Ok(());
         }
@@ -35,34 +39,26 @@ impl Worker {
         }
         // Armed before the query: a commit during it wakes the next step.
         self.wake.borrow_and_update();
-        let (low, sweep) = self.marks.marks(&lanes, now);
+        let (start, claims) = self.marks.next_read(&limits, now);
         let filter = ClaimFilter {
             known_ids: self.window.row_ids(),
             paused_topics: self.topics.names(),
             held_keys: self.keys.names(),
         };
         let mut conn = self.pool.acquire().await?;
-        let newest = if sweep { Some(delivery::newest_id(&mut conn).await?) } else { None };
-        let claimed = delivery::claim(&mut conn, &lanes, &low, &limits, &filter).await;
+        let horizon = delivery::horizon(&mut conn).await?;
+        let claimed = delivery::claim(&mut conn, &claims, &filter).await;
         drop(conn);
-        if sweep {
-            // A sweep that failed for its length counts too, or there would be nothing but sweeps.
-            self.marks.swept(Instant::now(), now.elapsed());
-        }
+        self.marks.took(start, claims.len(), limits.len(), now.elapsed(), Instant::now());
         let mut rows = claimed?;
-        let mut given: HashMap<i16, Vec<i64>> = HashMap::new();
-        rows.iter().for_each(|row| given.entry(row.lane).or_default().push(row.id));
-        let mut any_full = false;
-        for (lane, limit) in lanes.into_iter().zip(limits) {
-            let ids = given.get(&lane).map_or(&[][..], Vec::as_slice);
-            // A lane that gave as many rows as it might has more.
-            let full = ids.len() as i64 >= limit;
-            any_full |= full;
-            if allowance != Allowance::Probe {
-                self.note_marks(lane, ids, full, newest);
-            }
+        let reads = lane_reads(&claims, &rows, horizon.newest_id);
+        if allowance != Allowance::Probe {
+            let passes_over = !(filter.paused_topics.is_empty() && filter.held_keys.is_empty());
+            let oldest_running = (!passes_over).then_some(horizon.oldest_running);
+            self.marks.found(start, &reads, oldest_running, Instant::now());
         }
-        self.claim_again_at = if any_full { now } else { now + self.settings.poll };
+        let more = start == Start::Slice || reads.iter().any(|read| read.full);
+        self.claim_again_at = if more { now } else { now + self.settings.poll };
         if allowance == Allowance::Probe {
             rows.truncate(1);
         }
@@ -84,17 +80,6 @@ impl Worker {
             (row, cause)
         }));
         Ok(())
-    }
-
-    /// These rows of a lane were read: all there are, unless it is `full`. A sweep knows the `newest` id.
-    fn note_marks(&mut self, lane: i16, ids: &[i64], full: bool, newest: Option<i64>) {
-        let last = ids.last().copied();
-        if let Some(newest) = newest {
-            self.marks.begins_at(lane, ids.first().copied().unwrap_or(newest + 1));
-        }
-        if let Some(up_to) = if full { last } else { newest.max(last) } {
-            self.marks.read_up_to(lane, up_to);
-        }
     }
 
     /// Whether no other worker of this process has a row on trial, or waits to have one. Asked anew for
@@ -121,7 +106,7 @@ impl Worker {
 
     /// How many rows may be read of each lane: an equal part of the room, and of a suspected lane no
     /// more than its limit leaves.
-    fn lane_limits(&self, trusted: &Trusted, room: usize) -> (Vec<i16>, Vec<i64>) {
+    fn lane_limits(&self, trusted: &Trusted, room: usize) -> BTreeMap<i16, i64> {
         let open = || trusted.lanes.iter().filter(|(_, held)| !held.draining);
         let part = room.div_ceil(open().count().max(1)) as i64;
         open()
@@ -130,7 +115,7 @@ impl Worker {
                 Some(limit) => (lane, (i64::from(limit) - self.window.len_of_lane(lane) as i64).min(part)),
             })
             .filter(|&(_, limit)| limit > 0)
-            .unzip()
+            .collect()
     }
 
     /// A row of a lane that is down to one row at a time is on trial: it is written down and sent with
@@ -167,6 +152,20 @@ impl Worker {
             None => Ok(Some(vec![])),
         }
     }
+}
+
+/// What these rows, which are in the order of their ids, tell of the lanes they were read from. No id
+/// above `newest_id` existed then.
+fn lane_reads(claims: &[LaneClaim], rows: &[PendingRow], newest_id: i64) -> Vec<LaneRead> {
+    let mut ids: HashMap<i16, Vec<i64>> = HashMap::new();
+    rows.iter().for_each(|row| ids.entry(row.lane).or_default().push(row.id));
+    let read = |claim: &LaneClaim| {
+        let ids = ids.get(&claim.lane).map_or(&[][..], Vec::as_slice);
+        let (first, last) = (ids.first().copied(), ids.last().copied());
+        let full = ids.len() as i64 >= claim.most;
+        LaneRead { lane: claim.lane, first, full, up_to: last.filter(|_| full).unwrap_or(newest_id) }
+    };
+    claims.iter().map(read).collect()
 }
 
 /// Why a row that the window refused is to be parked.
