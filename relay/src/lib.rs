@@ -36,7 +36,7 @@
 //! - [`append`], [`publications`] (`outbox`), [`NewMessage`] (`message`), [`Wake`] (`wake`): for
 //!   those who write.
 //! - [`Relay`] (`relay`: processes and workers; `worker`: one step, `worker::fencing` what it does behind a
-//!   fence; `window`: what may be sent now, pure; `lanes`: who owns what; `delivery`: the SQL of it;
+//!   fence; `window`: what may be sent now, pure; `lanes`: who owns what; `delivery`, `parking`: the SQL of it;
 //!   `publisher`: Kafka).
 //! - `fault`, `breaker`, `holds`, `low_marks`: small pure decisions.
 //! - [`archive`], [`replay()`], [`admin`], [`verify`]: for those who operate, and for those who audit.
@@ -59,6 +59,7 @@ mod message;
 #[cfg(test)]
 mod model;
 mod outbox;
+mod parking;
 mod publisher;
 mod relay;
 mod replay;

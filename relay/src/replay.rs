@@ -93,7 +93,7 @@ pub async fn replay(conn: &mut PgConnection, row_id: i64, force: bool) -> Result
 
 /// The rows keep their ids, and with them their order: whatever was appended since has higher ones.
 async fn unpark(conn: &mut PgConnection, key: &str) -> Result<Replayed, sqlx::Error> {
-    // The same lock the relay takes to park behind a parked row: see `delivery::park`. Taken also where no row
+    // The same lock the relay takes to park behind a parked row: see `parking::park`. Taken also where no row
     // is: another replay may have removed it, and the relay may park the key anew before the next statement.
     sqlx::query(
         "insert into outbox_blocked as b (key, row_id) values ($1, 0)

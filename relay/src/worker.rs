@@ -19,11 +19,12 @@ use uuid::Uuid;
 use self::fencing::Fence;
 use crate::{
     breaker::{Allowance, Breaker},
-    delivery::{self, Finished, LaneTerm, ParkCause, PendingRow, SentRow},
+    delivery::{self, Finished, LaneTerm, PendingRow, SentRow},
     fault_points,
     holds::Holds,
     lanes::{Ownership, Trusted},
     low_marks::LowMarks,
+    parking::{self, ParkCause},
     publisher::Publisher,
     relay::{RelaySettings, jitter},
     window::Window,
@@ -348,7 +349,7 @@ impl Worker {
             let Some(lane) = trusted.term(row.lane) else { continue };
             let parked = async {
                 let mut conn = self.pool.acquire().await?;
-                delivery::park(&mut conn, trusted.relay_id, lane, &row, &cause).await
+                parking::park(&mut conn, trusted.relay_id, lane, &row, &cause).await
             };
             match parked.await {
                 // No gap after all, or the row, the block or the lane is gone: look again from the beginning.

@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 use crate::support::{
     TestService,
     browser::code,
+    eventually,
+    outbox::WAITING,
     service::{ADMIN_TOKEN, READ_TOKEN, Wishes, sha2_hex},
 };
 
@@ -368,5 +370,36 @@ async fn metrics_can_ask_for_a_token() {
     let response = service.client.get(format!("{}/metrics", service.admin)).send().await.unwrap();
     assert_eq!(response.status(), 401);
     assert_eq!(get(&service, "/metrics").await.status(), 200);
+    service.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replays_by_filter_lock_key_by_key_and_can_not_deadlock() {
+    let service = service(&[]).await;
+    for name in ["ada", "bob"] {
+        service.registered(name).await;
+    }
+    park_everything(&service).await;
+    // The newest first, as rows are listed: not the order in which they may be locked.
+    let keys: Vec<String> =
+        sqlx::query_scalar("select key from outbox_parked order by id").fetch_all(&service.db).await.unwrap();
+    assert!(keys.is_sorted());
+    let mut other = service.db.begin().await.unwrap();
+    sqlx::query("set local lock_timeout = '500ms'").execute(&mut *other).await.unwrap();
+    let lock = "select from outbox_blocked where key = $1 for update";
+    sqlx::query(lock).bind(&keys[0]).execute(&mut *other).await.unwrap();
+    let order = json!({ "reason": "both at once", "filter": { "status": "parked" } });
+    let replay = post(&service, ADMIN_TOKEN, "/admin/outbox/replay", order);
+    let other = async {
+        eventually("the replay waits for the first key", || async {
+            let waiting: i64 = sqlx::query_scalar(WAITING).fetch_one(&service.db).await.unwrap();
+            (waiting == 1).then_some(())
+        })
+        .await;
+        sqlx::query(lock).bind(&keys[1]).execute(&mut *other).await.expect("the second key is free");
+        other.commit().await.unwrap();
+    };
+    let ((status, body), ()) = tokio::join!(replay, other);
+    assert_eq!((status, body["data"]["replayed"].as_array().map(Vec::len)), (StatusCode::OK, Some(2)), "{body}");
     service.stop().await;
 }

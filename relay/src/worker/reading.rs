@@ -10,10 +10,11 @@ use tokio::time::timeout_at;
 use super::{KILLS_TO_PARK, Worker};
 use crate::{
     breaker::Allowance,
-    delivery::{self, ClaimFilter, LaneClaim, ParkCause, PendingRow},
+    delivery::{self, ClaimFilter, LaneClaim, PendingRow},
     fault_points,
     lanes::Trusted,
     low_marks::{LaneRead, Start},
+    parking::ParkCause,
     window::Refusal,
 };
 

@@ -7,10 +7,11 @@ use tokio::time::timeout_at;
 use super::{COLLECT, Worker};
 use crate::{
     breaker::Allowance,
-    delivery::{ParkCause, SentRow},
+    delivery::SentRow,
     fault::Fault,
     fault_points,
     lanes::Trusted,
+    parking::ParkCause,
     publisher::{Failure, NotEnqueued, Report},
     relay::jitter,
 };
