@@ -28,11 +28,12 @@ impl ParkCause {
     }
 }
 
-/// Parks a row that can't be sent, and everything of its key behind it unless it is [`Stale`](ParkCause::Stale).
-/// What is before it stays: it may have been in the transaction at the broker that this row has broken. Replays
-/// behind it stay too: they stand outside the sequence, and one may be in flight. Answers how many rows moved;
-/// 0 when the lane was lost, when the row is not there any more, when the key is free again
-/// ([`Behind`](ParkCause::Behind)), or when there is no gap ([`Gap`](ParkCause::Gap)).
+/// Parks a row that can't be sent, and everything of its key behind it; a replay or one that is
+/// [`Stale`](ParkCause::Stale) alone, since nothing waits for it. What is before it stays: it may have been in the
+/// transaction at the broker that this row has broken. Replays behind it stay too: they stand outside the
+/// sequence, and one may be in flight. Answers how many rows moved; 0 when the lane was lost, when the row is not
+/// there any more, when the key is free again ([`Behind`](ParkCause::Behind)), or when there is no gap
+/// ([`Gap`](ParkCause::Gap)).
 pub(crate) async fn park(
     conn: &mut PgConnection,
     relay_id: Uuid,
@@ -51,10 +52,12 @@ pub(crate) async fn park(
     if owned.is_none() {
         return Ok(0);
     }
-    let Some(head) = head_of_park(&mut tx, lane.lane, row, cause).await? else { return Ok(0) };
+    let alone = row.replay_of.is_some() || matches!(cause, ParkCause::Stale(_));
+    let head = if alone { Some(row.id) } else { lock_head(&mut tx, lane.lane, row, cause).await? };
+    let Some(head) = head else { return Ok(0) };
     let moved = sqlx::query(
         "with gone as (delete from outbox where lane = $1 and key = $2
-                          and (id = $6 or $5 and id >= $3 and replay_of is null) returning *)
+                          and case when $5 then id = $6 else id >= $3 and replay_of is null end returning *)
          insert into outbox_parked (id, lane, key, seq, message_id, topic, payload, headers, saga_id,
                                     replay_of, created_at, reason)
          select id, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at,
@@ -66,7 +69,7 @@ pub(crate) async fn park(
     .bind(&*row.key)
     .bind(head)
     .bind(cause.reason())
-    .bind(!matches!(cause, ParkCause::Stale(_)))
+    .bind(alone)
     .bind(row.id)
     .execute(&mut *tx)
     .await?
@@ -78,14 +81,13 @@ pub(crate) async fn park(
 /// The row from which on the key is parked, and the lock on that: the key's row in outbox_blocked stands between
 /// parking and an operator's replay. Without it a row could be parked behind a head that has just left the parking
 /// lot, and wait for nothing. `None` when nothing is to be parked after all.
-async fn head_of_park(
+async fn lock_head(
     conn: &mut PgConnection,
     lane: i16,
     row: &PendingRow,
     cause: &ParkCause,
 ) -> Result<Option<i64>, sqlx::Error> {
     match cause {
-        ParkCause::Stale(_) => Ok(Some(row.id)),
         ParkCause::Behind => {
             sqlx::query_scalar("select row_id from outbox_blocked where key = $1 for update")
                 .bind(&*row.key)
@@ -93,7 +95,7 @@ async fn head_of_park(
                 .await
         }
         ParkCause::Gap(_) if !has_gap(conn, &row.key).await? => Ok(None),
-        ParkCause::Unsendable(_) | ParkCause::Gap(_) => {
+        _ => {
             sqlx::query_scalar(
                 "insert into outbox_blocked as b (key, row_id) select key, id from outbox where lane = $1 and id = $2
                  on conflict (key) do update set row_id = least(b.row_id, excluded.row_id) returning row_id",

@@ -67,16 +67,20 @@ pub enum ReplayError {
 }
 
 /// Sends a row again. A parked row takes its whole key with it, since nothing behind it may come
-/// before it. A published one is refused when later messages of its key exist, unless `force`.
+/// before it. A published one, or a replay of it that is parked, goes alone, and is refused when later
+/// messages of its key exist, unless `force`.
 ///
 /// Wake the relay after the commit.
 pub async fn replay(conn: &mut PgConnection, row_id: i64, force: bool) -> Result<Replayed, ReplayError> {
-    let parked: Option<String> = sqlx::query_scalar("select key from outbox_parked where id = $1")
-        .bind(row_id)
-        .fetch_optional(&mut *conn)
-        .await?;
-    if let Some(key) = parked {
-        return Ok(unpark(conn, &key).await?);
+    let parked: Option<(String, i64, bool)> =
+        sqlx::query_as("select key, seq, replay_of is not null from outbox_parked where id = $1")
+            .bind(row_id)
+            .fetch_optional(&mut *conn)
+            .await?;
+    match parked {
+        Some((key, _, false)) => return Ok(unpark(conn, key).await?),
+        Some((key, seq, true)) => return unpark_replay(conn, row_id, key, seq, force).await,
+        None => {}
     }
     let archived: Option<(String, i64)> = sqlx::query_as("select key, seq from outbox_archive where id = $1")
         .bind(row_id)
@@ -91,30 +95,72 @@ pub async fn replay(conn: &mut PgConnection, row_id: i64, force: bool) -> Result
     }
 }
 
-/// The rows keep their ids, and with them their order: whatever was appended since has higher ones.
-async fn unpark(conn: &mut PgConnection, key: &str) -> Result<Replayed, sqlx::Error> {
+async fn unpark(conn: &mut PgConnection, key: String) -> Result<Replayed, sqlx::Error> {
     // The same lock the relay takes to park behind a parked row: see `parking::park`. Taken also where no row
     // is: another replay may have removed it, and the relay may park the key anew before the next statement.
     sqlx::query(
         "insert into outbox_blocked as b (key, row_id) values ($1, 0)
          on conflict (key) do update set row_id = b.row_id",
     )
-    .bind(key)
+    .bind(&key)
     .execute(&mut *conn)
     .await?;
+    let rows = put_back(conn, &key, None).await?;
+    sqlx::query("delete from outbox_blocked where key = $1").bind(&key).execute(conn).await?;
+    Ok(Replayed::Parked { key, rows })
+}
+
+async fn unpark_replay(
+    conn: &mut PgConnection,
+    row_id: i64,
+    key: String,
+    seq: i64,
+    force: bool,
+) -> Result<Replayed, ReplayError> {
+    refuse_overtaken(conn, row_id, &key, seq, force).await?;
+    let rows = put_back(conn, &key, Some(row_id)).await?;
+    match rows.is_empty() {
+        true => Err(ReplayError::Pending(row_id)),
+        false => Ok(Replayed::Parked { key, rows }),
+    }
+}
+
+/// Puts this replay back into the outbox, or all of the key that is no replay. The rows keep their ids, and with
+/// them their order: whatever was appended since has higher ones.
+async fn put_back(conn: &mut PgConnection, key: &str, replay: Option<i64>) -> Result<Vec<i64>, sqlx::Error> {
     let mut rows: Vec<i64> = sqlx::query_scalar(
-        "with freed as (delete from outbox_parked where key = $1 returning *)
+        "with freed as (delete from outbox_parked
+                         where key = $1 and case when $2 is null then replay_of is null else id = $2 end returning *)
          insert into outbox (id, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at)
          overriding system value
          select id, lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of, created_at from freed
          returning id",
     )
     .bind(key)
-    .fetch_all(&mut *conn)
+    .bind(replay)
+    .fetch_all(conn)
     .await?;
-    sqlx::query("delete from outbox_blocked where key = $1").bind(key).execute(conn).await?;
     rows.sort_unstable();
-    Ok(Replayed::Parked { key: key.to_owned(), rows })
+    Ok(rows)
+}
+
+/// Locking the key's counter keeps a message from being appended between this look and the commit: it would have
+/// a lower row id than the replay, and go out first.
+async fn refuse_overtaken(
+    conn: &mut PgConnection,
+    row_id: i64,
+    key: &str,
+    seq: i64,
+    force: bool,
+) -> Result<(), ReplayError> {
+    let last: Option<i64> = sqlx::query_scalar("select last_seq from outbox_keys where key = $1 for update")
+        .bind(key)
+        .fetch_optional(conn)
+        .await?;
+    match last.unwrap_or(seq) {
+        last if last > seq && !force => Err(ReplayError::Overtaken { row: row_id, key: key.to_owned(), seq, last }),
+        _ => Ok(()),
+    }
 }
 
 async fn send_again(
@@ -124,16 +170,7 @@ async fn send_again(
     seq: i64,
     force: bool,
 ) -> Result<Replayed, ReplayError> {
-    // Locking the counter keeps a message from being appended between this look and the commit: it
-    // would have a lower row id than the replay, and go out first.
-    let last: Option<i64> = sqlx::query_scalar("select last_seq from outbox_keys where key = $1 for update")
-        .bind(key)
-        .fetch_optional(&mut *conn)
-        .await?;
-    let last = last.unwrap_or(seq);
-    if last > seq && !force {
-        return Err(ReplayError::Overtaken { row: row_id, key: key.to_owned(), seq, last });
-    }
+    refuse_overtaken(conn, row_id, key, seq, force).await?;
     let mut tx = conn.begin().await?;
     let row: Option<i64> = sqlx::query_scalar(
         "insert into outbox (lane, key, seq, message_id, topic, payload, headers, saga_id, replay_of)

@@ -1,6 +1,7 @@
 //! What is out is sent again, and what is parked goes on: also when both happen at once.
 
-use outbox_relay::{ReplayError, replay};
+use outbox_relay::{ReplayError, Replayed, replay};
+use sqlx::{Connection, PgConnection};
 
 use crate::support::{
     kafka,
@@ -45,12 +46,18 @@ async fn a_replay_that_is_parked_is_not_sent_a_second_time_beside_it() {
     let Err(ReplayError::ReplayParked { replay: parked, .. }) = replay(&mut conn, large, false).await else {
         panic!("its replay is parked")
     };
-    relay.stop().await;
-    replay(&mut conn, parked, false).await.unwrap();
-    let relay = outbox.relay("three");
+    // It stops nothing else of its key, and is overtaken then.
+    outbox.append("a", "1").await;
     outbox.until("select count(*) from outbox_archive", 2).await;
     relay.stop().await;
-    assert_eq!(outbox.texts_by_key().await["a"].len(), 2);
+    let refused = replay(&mut conn, parked, false).await.unwrap_err();
+    assert!(matches!(refused, ReplayError::Overtaken { row, seq: 1, last: 2, .. } if row == parked), "{refused}");
+    replay(&mut conn, parked, true).await.unwrap();
+    let relay = outbox.relay("three");
+    outbox.until("select count(*) from outbox_archive", 3).await;
+    relay.stop().await;
+    assert_eq!(outbox.texts_by_key().await["a"].len(), 3);
+    assert_eq!(outbox.count("select count(*) from outbox_parked").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -120,6 +127,19 @@ async fn a_replay_that_is_refused_is_parked_beside_what_is_parked_of_its_key() {
         outbox.append("b", "0").await;
         outbox.until("select count(*) from outbox_archive", 2).await;
         relay.stop().await;
+        // Each for itself: the one that is parked in its turn does not take the other along.
+        let mut conn = outbox.pool.acquire().await.unwrap();
+        let parked = async |conn: &mut PgConnection| -> Vec<i64> {
+            sqlx::query_scalar("select id from outbox_parked order by id").fetch_all(conn).await.unwrap()
+        };
+        let [one, other] = parked(&mut conn).await[..] else { panic!("two are parked") };
+        for (row, other) in [(one, other), (other, one)] {
+            let mut tx = conn.begin().await.unwrap();
+            let replayed = replay(&mut tx, row, true).await.unwrap();
+            assert_eq!(replayed, Replayed::Parked { key: "a".to_owned(), rows: vec![row] });
+            assert_eq!(parked(&mut tx).await, [other]);
+            tx.rollback().await.unwrap();
+        }
     }
 }
 
