@@ -79,6 +79,13 @@ pub(crate) struct ClaimFilter {
     pub held_keys: Vec<String>,
 }
 
+impl ClaimFilter {
+    /// Whether rows may be passed over that are not in memory.
+    pub(crate) fn passes_over_rows(&self) -> bool {
+        !(self.paused_topics.is_empty() && self.held_keys.is_empty())
+    }
+}
+
 /// Reads what is not out yet in these lanes, oldest first.
 ///
 /// This is a read of the unpublished set, not of a cursor: ids become visible out of order, and a
@@ -139,7 +146,7 @@ pub(crate) async fn horizon(conn: &mut PgConnection) -> Result<Horizon, sqlx::Er
 }
 
 /// What [`finish`] has moved.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Finished {
     /// These rows. One of a lane that was lost stays for the lane's new owner, who sends it again under the
     /// same message id.

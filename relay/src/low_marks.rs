@@ -6,23 +6,22 @@
 //!
 //! - **Settled**: nothing becomes visible at or below it any more, and what was visible is in memory or
 //!   gone. Who appends draws the row's id in a transaction that has its number already (`append` counts
-//!   the key up first). So once a transaction of our own that began after a read has ended, *and with it
-//!   everything numbered before*, all that the read may have missed is either there or rolled back. When
-//!   another read, which begins at the settled mark, sees the world as it is then, the mark moves up to
-//!   where the first had come. It costs no query of its own: archiving is such a transaction. Where
-//!   transactions are short, the mark stays a read or two behind.
+//!   the key up first, a replay locks it; the sequence has no cache). So once a transaction of our own *and
+//!   everything numbered before it* has ended, every row whose id was drawn before that transaction began is
+//!   either there or rolled back. A read that begins at the settled mark then sees all there will ever be of
+//!   them, and the mark moves up over them. It costs no write of its own: archiving is such a transaction.
+//!   Where transactions are short, the mark stays a read or two behind.
 //! - **Lagging**: where reads had come a third to two thirds of a second ago. Reads begin here while some
-//!   long transaction that writes keeps the settled mark where it is. What commits later than that waits
-//!   for a sweep.
+//!   long transaction that writes, in whatever database of the server, keeps the settled mark where it is.
+//!   What commits later than that waits for a sweep, or for the end of the long one.
 //!
-//! A sweep reads from the settled mark; it comes a second after the last, but takes no more than a twentieth of
-//! the time. A full sweep reads from the beginning; it finds what comes to stand below the settled mark all the
-//! same: rows that an operator's replay (or a hand) puts back under their old ids, and ids that are given out
-//! twice because a failover lost some. It takes no more than a fiftieth of the time, and goes by slices of as
-//! many lanes as can be walked at once without anyone waiting for it. With millions of dead rows it comes round
-//! in a minute or two, else in a second.
+//! A sweep reads from the settled mark and takes no more than a twentieth of the time. A full sweep reads from
+//! the beginning; it finds what comes to stand below the settled mark all the same: rows that an operator's replay
+//! (or a hand) puts back under their old ids, and ids that are given out twice because a failover lost some. It
+//! takes no more than a fiftieth of the time, and goes by slices of as many lanes as are walked in a moment. It
+//! comes round in a second, with millions of dead rows in a minute or two.
 //!
-//! All of this is a hint: losing it loses nothing.
+//! All of this is a hint: losing it loses nothing, and after a failure everything begins anew.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -32,26 +31,27 @@ use std::{
 use crate::delivery::LaneClaim;
 
 const LAG: Duration = Duration::from_millis(333);
-const SWEEP_REST: Duration = Duration::from_secs(1);
 const SWEEP_SHARE: u32 = 20;
 const FULL_SWEEP_SHARE: u32 = 50;
+const FULL_SWEEP_REST: Duration = Duration::from_secs(1);
 /// How long a slice of a full sweep should take.
-const SLICE: Duration = Duration::from_millis(10);
+const SLICE: Duration = Duration::from_millis(25);
 
 /// Row ids by lane.
 type Marks = HashMap<i16, i64>;
 
 #[derive(Debug)]
 pub(crate) struct LowMarks {
-    /// Up to here everything was read that was visible then.
-    read: Marks,
+    /// The newest id of all lanes that had been given out before the last read.
+    newest_id: i64,
     settled: Marks,
-    settled_at: Option<Instant>,
     /// The oldest milestone that was not passed yet, and the newest.
     waiting: Option<Milestone>,
     newest: Option<Milestone>,
-    lagging: Marks,
+    /// Reads have come this far.
+    read: Marks,
     previous: Marks,
+    lagging: Marks,
     rotated_at: Instant,
     next_sweep: Instant,
     next_slice: Instant,
@@ -61,23 +61,28 @@ pub(crate) struct LowMarks {
     slice_from: i16,
 }
 
-/// How far was read before this transaction of ours began.
+/// Ids up to this one had been given out before a transaction of ours with this number began.
 #[derive(Debug)]
 struct Milestone {
     xid: i64,
-    read: Marks,
+    newest_id: i64,
+}
+
+/// What to read next.
+#[derive(Debug)]
+pub(crate) struct Read {
+    start: Start,
+    /// Not of all lanes when it is a slice of a full sweep.
+    pub claims: Vec<LaneClaim>,
+    /// Nothing that this read does not see can come up to this id.
+    settles: Option<i64>,
 }
 
 /// Where a read begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Start {
-    /// At the beginning of every lane.
+enum Start {
     Beginning,
-    /// At the beginning of some lanes; the others are not read.
-    Slice,
-    /// At the settled marks.
     Settled,
-    /// At the lagging marks, which may lie above the settled ones.
     Lagging,
 }
 
@@ -89,20 +94,20 @@ pub(crate) struct LaneRead {
     pub first: Option<i64>,
     /// It gave as many rows as it might, and may have more.
     pub full: bool,
-    /// Everything visible was read up to here.
+    /// Everything visible above the beginning was read up to here.
     pub up_to: i64,
 }
 
 impl LowMarks {
     pub(crate) fn new(now: Instant) -> Self {
         Self {
-            read: Marks::new(),
+            newest_id: 0,
             settled: Marks::new(),
-            settled_at: None,
             waiting: None,
             newest: None,
-            lagging: Marks::new(),
+            read: Marks::new(),
             previous: Marks::new(),
+            lagging: Marks::new(),
             rotated_at: now,
             next_sweep: now,
             next_slice: now,
@@ -111,8 +116,17 @@ impl LowMarks {
         }
     }
 
-    /// What to read next of the lanes that have these limits.
-    pub(crate) fn next_read(&mut self, limits: &BTreeMap<i16, i64>, now: Instant) -> (Start, Vec<LaneClaim>) {
+    /// What to read of the lanes that have these limits, given what was asked of the database just before: the newest
+    /// id given out, and the number of the oldest transaction that has not ended; none where the read is going to
+    /// pass over rows that may not be sent now, so that nothing may settle.
+    pub(crate) fn next_read(
+        &mut self,
+        limits: &BTreeMap<i16, i64>,
+        newest_id: i64,
+        oldest_running: Option<i64>,
+        now: Instant,
+    ) -> Read {
+        self.newest_id = newest_id;
         if now.duration_since(self.rotated_at) >= LAG {
             for (lane, mark) in std::mem::replace(&mut self.previous, self.read.clone()) {
                 raise(&mut self.lagging, lane, mark);
@@ -120,16 +134,25 @@ impl LowMarks {
             self.rotated_at = now;
         }
         if now >= self.next_slice && self.slice < limits.len() {
-            return (Start::Slice, self.next_slice(limits));
+            return Read { start: Start::Beginning, claims: self.next_slice(limits), settles: None };
         }
-        let keeps_up = self.settled_at.is_some_and(|at| now.duration_since(at) < LAG);
-        let (start, marks) = match () {
-            () if now >= self.next_slice => (Start::Beginning, &Marks::new()),
-            () if keeps_up || now >= self.next_sweep => (Start::Settled, &self.settled),
-            () => (Start::Lagging, &self.lagging),
+        let settles = oldest_running.and_then(|xid| self.passed(xid));
+        let start = match () {
+            () if now >= self.next_slice => Start::Beginning,
+            () if settles.is_some() || now >= self.next_sweep => Start::Settled,
+            () => Start::Lagging,
         };
-        let claim = |(&lane, &most)| LaneClaim { lane, most, above: marks.get(&lane).copied().unwrap_or(0) };
-        (start, limits.iter().map(claim).collect())
+        let claim = |(&lane, &most)| LaneClaim { lane, most, above: self.mark(start, lane) };
+        Read { start, claims: limits.iter().map(claim).collect(), settles }
+    }
+
+    fn mark(&self, start: Start, lane: i16) -> i64 {
+        let of = |marks: &Marks| marks.get(&lane).copied().unwrap_or(0);
+        match start {
+            Start::Beginning => 0,
+            Start::Settled => of(&self.settled),
+            Start::Lagging => of(&self.lagging).max(of(&self.settled)),
+        }
     }
 
     fn next_slice(&mut self, limits: &BTreeMap<i16, i64>) -> Vec<LaneClaim> {
@@ -140,44 +163,50 @@ impl LowMarks {
         slice
     }
 
-    /// A read of so many of our lanes has ended. One that failed, for its length maybe, counts too, or there would be
-    /// nothing but sweeps.
-    pub(crate) fn took(&mut self, start: Start, lanes: usize, of: usize, took: Duration, now: Instant) {
-        let part = |rest: Duration| rest.mul_f64(lanes as f64 / of as f64);
-        if matches!(start, Start::Beginning | Start::Slice) {
-            self.next_slice = now + (took * FULL_SWEEP_SHARE).max(part(SWEEP_REST));
-            let fitting = lanes as f64 * SLICE.div_duration_f64(took);
-            self.slice = (fitting as usize).clamp(1, lanes * 2);
-        }
-        if matches!(start, Start::Beginning | Start::Settled) {
-            self.next_sweep = now + (took * SWEEP_SHARE).max(SWEEP_REST);
+    /// The newest id that was given out before everything that runs began, as far as milestones tell.
+    fn passed(&mut self, oldest_running: i64) -> Option<i64> {
+        let passed = |milestone: &mut Milestone| milestone.xid < oldest_running;
+        let milestone = self.newest.take_if(passed).or_else(|| self.waiting.take_if(passed))?;
+        self.waiting = self.newest.take();
+        Some(milestone.newest_id)
+    }
+
+    /// What a read has found, which was to be of so many lanes in all.
+    pub(crate) fn found(&mut self, read: &Read, lanes: &[LaneRead]) {
+        for found in lanes {
+            if let Some(settled) = read.settles {
+                raise(&mut self.settled, found.lane, settled.min(found.up_to));
+            }
+            // When nothing is known of the lane, it was read from its beginning. What commits below its first
+            // row at this very moment waits for a sweep.
+            self.lagging.entry(found.lane).or_insert_with(|| found.first.map_or(found.up_to, |id| id - 1));
+            raise(&mut self.read, found.lane, found.up_to);
         }
     }
 
-    /// What a read has found. `oldest_running` is the number of the oldest transaction that had not ended before
-    /// it began; none when it passed over rows that may not be sent now, so that nothing settles.
-    pub(crate) fn found(&mut self, start: Start, lanes: &[LaneRead], oldest_running: Option<i64>, now: Instant) {
-        let settles = matches!(start, Start::Beginning | Start::Settled);
-        let passed = |milestone: &mut Milestone| settles && oldest_running.is_some_and(|xid| milestone.xid < xid);
-        if let Some(passed) = self.newest.take_if(passed).or_else(|| self.waiting.take_if(passed)) {
-            for read in lanes {
-                let mark = passed.read.get(&read.lane).copied().unwrap_or(0);
-                raise(&mut self.settled, read.lane, mark.min(read.up_to));
-            }
-            self.settled_at = Some(now);
-            self.waiting = self.newest.take();
+    /// The query of a read, which was of some or all of so many lanes, took so long.
+    pub(crate) fn took(&mut self, read: &Read, of: usize, took: Duration, now: Instant) {
+        let lanes = read.claims.len();
+        if read.start == Start::Beginning {
+            let part = FULL_SWEEP_REST.mul_f64(lanes as f64 / of as f64);
+            self.next_slice = now + (took * FULL_SWEEP_SHARE).max(part);
+            let fitting = lanes as f64 * SLICE.div_duration_f64(took);
+            self.slice = (fitting as usize).clamp(1, lanes * 2);
         }
-        for read in lanes {
-            // When nothing is known of the lane, it was read from its beginning. What commits below its first
-            // row at this very moment waits for a sweep.
-            self.lagging.entry(read.lane).or_insert_with(|| read.first.map_or(read.up_to, |id| id - 1));
-            raise(&mut self.read, read.lane, read.up_to);
+        if read.start != Start::Lagging && lanes == of {
+            self.next_sweep = now + took * SWEEP_SHARE;
         }
+    }
+
+    /// The query of a read failed, for its length maybe. There must not be nothing but sweeps.
+    pub(crate) fn failed(&mut self, read: &Read, took: Duration, now: Instant) {
+        (self.next_slice, self.next_sweep) = (now + took, now + took);
+        self.slice = (read.claims.len() / 2).max(1);
     }
 
     /// A transaction with this number began after the last read, and has ended.
     pub(crate) fn wrote(&mut self, xid: i64) {
-        let milestone = Milestone { xid, read: self.read.clone() };
+        let milestone = Milestone { xid, newest_id: self.newest_id };
         // The newest alone would never be passed where somebody always writes.
         let place = if self.waiting.is_none() { &mut self.waiting } else { &mut self.newest };
         *place = Some(milestone);
@@ -196,12 +225,12 @@ fn raise(marks: &mut Marks, lane: i16, to: i64) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{Start::*, *};
 
     const QUICK: Duration = Duration::from_millis(1);
     const SLOW: Duration = Duration::from_millis(640);
 
-    /// A few lanes, of which everything up to `up_to` is read each time.
+    /// A few lanes, of which everything is read each time up to the newest id.
     struct Lanes {
         marks: LowMarks,
         limits: BTreeMap<i16, i64>,
@@ -219,65 +248,61 @@ mod tests {
             self
         }
 
-        fn next(&mut self) -> (Start, Vec<(i16, i64)>) {
-            let (start, claims) = self.marks.next_read(&self.limits, self.now);
-            assert!(claims.iter().all(|claim| claim.most == 50));
-            (start, claims.iter().map(|claim| (claim.lane, claim.above)).collect())
-        }
-
-        fn read(&mut self, up_to: i64, oldest_running: Option<i64>, took: Duration) -> (Start, Vec<(i16, i64)>) {
-            let (start, claims) = self.next();
+        /// Where a read begins, and with which marks.
+        fn read(&mut self, newest_id: i64, oldest_running: Option<i64>, took: Duration) -> (Start, Vec<(i16, i64)>) {
+            let read = self.marks.next_read(&self.limits, newest_id, oldest_running, self.now);
+            assert!(read.claims.iter().all(|claim| claim.most == 50));
             self.now += took;
-            self.marks.took(start, claims.len(), self.limits.len(), took, self.now);
-            let read = |&(lane, _): &(i16, i64)| LaneRead { lane, first: Some(up_to - 9), full: false, up_to };
-            let reads: Vec<LaneRead> = claims.iter().map(read).collect();
-            self.marks.found(start, &reads, oldest_running, self.now);
-            (start, claims)
+            self.marks.took(&read, self.limits.len(), took, self.now);
+            let found = |claim: &LaneClaim| found(claim.lane, Some(newest_id - 9), newest_id);
+            self.marks.found(&read, &read.claims.iter().map(found).collect::<Vec<_>>());
+            (read.start, read.claims.iter().map(|claim| (claim.lane, claim.above)).collect())
         }
 
-        /// One lane, a full sweep just done, and no sweep due.
-        fn swept() -> Self {
-            let mut lanes = Self::new(7..8);
-            assert_eq!(lanes.read(100, Some(50), QUICK), (Start::Beginning, vec![(7, 0)]));
-            lanes
-        }
-
-        /// The same, settled up to 100 by a transaction numbered 60.
+        /// One lane, settled up to 100 by a transaction numbered 60, and no full sweep for a long time.
         fn settled() -> Self {
-            let mut lanes = Self::swept();
+            let mut lanes = Self::new(7..8);
+            assert_eq!(lanes.read(100, Some(50), QUICK), (Beginning, vec![(7, 0)]));
+            lanes.marks.next_slice += SLOW * 10_000;
             lanes.marks.wrote(60);
-            lanes.marks.next_slice += SWEEP_REST * 60;
-            assert_eq!(lanes.passes(SWEEP_REST).read(200, Some(61), QUICK), (Start::Settled, vec![(7, 0)]));
-            assert_eq!(lanes.next(), (Start::Settled, vec![(7, 100)]));
+            assert_eq!(lanes.read(200, Some(61), QUICK), (Settled, vec![(7, 0)]));
             lanes
         }
     }
 
+    fn found(lane: i16, first: Option<i64>, up_to: i64) -> LaneRead {
+        LaneRead { lane, first, full: false, up_to }
+    }
+
     #[test]
-    fn what_was_read_is_settled_once_everything_that_ran_then_has_ended() {
+    fn what_was_drawn_before_everything_that_runs_is_settled() {
         let mut lanes = Lanes::settled();
         lanes.marks.wrote(70);
-        assert_eq!(lanes.read(300, Some(70), QUICK), (Start::Settled, vec![(7, 100)]));
-        assert_eq!(lanes.next().1, [(7, 100)], "what ran before 70 need not have ended");
-        assert_eq!(lanes.read(400, Some(71), QUICK), (Start::Settled, vec![(7, 100)]));
-        assert_eq!(lanes.next().1, [(7, 200)], "up to where was read before 70, and no further");
+        assert_eq!(
+            lanes.read(300, Some(70), QUICK),
+            (Lagging, vec![(7, 100)]),
+            "what ran before 70 need not have ended"
+        );
+        assert_eq!(lanes.read(400, Some(71), QUICK), (Settled, vec![(7, 100)]));
+        lanes.marks.wrote(80);
+        assert_eq!(lanes.read(500, Some(81), QUICK), (Settled, vec![(7, 200)]), "up to what was drawn before 70 began");
     }
 
     #[test]
     fn a_read_that_ends_at_its_limit_settles_no_more_than_it_has_seen() {
         let mut lanes = Lanes::settled();
         lanes.marks.wrote(70);
-        let read = LaneRead { lane: 7, first: Some(101), full: true, up_to: 150 };
-        lanes.marks.found(Start::Settled, &[read], Some(71), lanes.now);
-        assert_eq!(lanes.next(), (Start::Settled, vec![(7, 150)]));
+        let read = lanes.marks.next_read(&lanes.limits, 300, Some(71), lanes.now);
+        lanes.marks.found(&read, &[LaneRead { full: true, ..found(7, Some(101), 150) }]);
+        assert_eq!(lanes.read(400, Some(71), QUICK).1, [(7, 150)]);
     }
 
     #[test]
     fn a_read_that_passes_over_rows_settles_nothing() {
         let mut lanes = Lanes::settled();
         lanes.marks.wrote(70);
-        lanes.read(300, None, QUICK);
-        assert_eq!(lanes.next(), (Start::Settled, vec![(7, 100)]));
+        assert_eq!(lanes.read(300, None, QUICK).1, [(7, 100)]);
+        assert_eq!(lanes.read(300, None, QUICK).1, [(7, 100)]);
     }
 
     #[test]
@@ -287,12 +312,14 @@ mod tests {
         for _ in 0..4 {
             lanes.passes(LAG / 2).read(300, Some(65), QUICK);
         }
-        assert_eq!(lanes.read(400, Some(65), QUICK), (Start::Lagging, vec![(7, 300)]));
+        assert_eq!(lanes.read(400, Some(65), SLOW), (Lagging, vec![(7, 300)]));
         lanes.marks.wrote(80);
-        assert_eq!(lanes.passes(SWEEP_REST).read(400, Some(65), SLOW), (Start::Settled, vec![(7, 100)]));
-        assert_eq!(lanes.passes(SWEEP_REST).next().0, Start::Lagging, "a sweep may take a twentieth of the time");
-        assert_eq!(lanes.passes(SLOW * 20).read(500, Some(90), SLOW), (Start::Settled, vec![(7, 100)]));
-        assert_eq!(lanes.next(), (Start::Settled, vec![(7, 400)]), "it has ended, and so has 80, the newest of ours");
+        assert_eq!(lanes.read(400, Some(65), SLOW), (Settled, vec![(7, 100)]));
+        assert_eq!(lanes.passes(SLOW * 19).read(400, Some(65), QUICK).0, Lagging, "a twentieth of the time");
+        assert_eq!(lanes.passes(SLOW).read(400, Some(65), SLOW), (Settled, vec![(7, 100)]));
+        lanes.marks.wrote(90);
+        assert_eq!(lanes.read(500, Some(91), SLOW), (Settled, vec![(7, 100)]), "it has ended: at once");
+        assert_eq!(lanes.read(500, Some(91), SLOW).1, [(7, 400)], "by 90, the newest of ours");
     }
 
     #[test]
@@ -302,41 +329,49 @@ mod tests {
             lanes.marks.wrote(xid);
             lanes.read(xid * 10, Some(xid - 4), QUICK);
         }
-        assert_eq!(lanes.next().1, [(7, 790)]);
+        assert_eq!(lanes.marks.settled[&7], 790);
     }
 
     #[test]
     fn the_first_sweep_says_where_to_begin() {
-        let mut lanes = Lanes::swept();
-        assert_eq!(lanes.read(200, Some(50), QUICK), (Start::Lagging, vec![(7, 90)]));
-        assert_eq!(lanes.next(), (Start::Lagging, vec![(7, 90)]), "what is read later sets nothing back");
+        let mut lanes = Lanes::new(7..8);
+        lanes.read(100, Some(50), SLOW);
+        assert_eq!(lanes.read(200, Some(50), QUICK), (Lagging, vec![(7, 90)]));
+        assert_eq!(lanes.read(300, Some(50), QUICK), (Lagging, vec![(7, 90)]), "what is read later sets nothing back");
     }
 
     #[test]
     fn a_full_sweep_that_is_slow_goes_by_slices_and_rests() {
         let mut lanes = Lanes::new(0..64);
-        let (start, all) = lanes.read(100, Some(50), SLOW);
-        assert_eq!((start, all.len()), (Start::Beginning, 64));
-        assert_ne!(lanes.passes(SLOW * 49).next().0, Start::Slice);
-        assert_eq!(lanes.passes(SLOW).read(100, Some(50), SLICE), (Start::Slice, vec![(0, 0)]));
-        assert_ne!(lanes.next().0, Start::Slice);
-        assert_eq!(lanes.passes(SLICE * 50).read(100, Some(50), SLICE / 8), (Start::Slice, vec![(1, 0)]));
-        assert_eq!(lanes.passes(SLICE * 50).read(100, Some(50), SLICE), (Start::Slice, vec![(2, 0), (3, 0)]));
+        assert_eq!(lanes.read(100, Some(50), SLICE * 64).0, Beginning);
+        assert_eq!(lanes.passes(SLICE * 64 * 49).read(100, Some(50), QUICK).1.len(), 64);
+        assert_eq!(lanes.passes(SLICE * 64).read(100, Some(50), SLICE), (Beginning, vec![(0, 0)]));
+        assert_eq!(lanes.read(100, Some(50), QUICK).1.len(), 64);
+        assert_eq!(lanes.passes(SLICE * 50).read(100, Some(50), SLICE / 8), (Beginning, vec![(1, 0)]));
+        assert_eq!(lanes.passes(SLICE * 50).read(100, Some(50), SLICE), (Beginning, vec![(2, 0), (3, 0)]));
     }
 
     #[test]
     fn a_full_sweep_comes_round_in_a_second_where_it_is_quick() {
         let mut lanes = Lanes::new(0..64);
         for _ in 0..3 {
-            assert_eq!(lanes.read(100, Some(50), QUICK).0, Start::Beginning);
-            assert_ne!(lanes.next().0, Start::Beginning);
-            lanes.passes(SWEEP_REST);
+            assert_eq!(lanes.read(100, Some(50), QUICK).0, Beginning);
+            assert_ne!(lanes.read(100, Some(50), QUICK).0, Beginning);
+            lanes.passes(FULL_SWEEP_REST);
         }
-        for _ in 0..3 {
-            lanes.read(100, Some(50), SLICE * 2);
-            lanes.passes(SWEEP_REST);
+        for lanes_of_slice in [64, 32, 16, 8] {
+            assert_eq!(lanes.read(100, Some(50), SLICE * 2).1.len(), lanes_of_slice);
+            lanes.passes(SLICE * 100);
         }
-        let (start, lanes) = lanes.next();
-        assert_eq!((start, lanes.len()), (Start::Slice, 8));
+    }
+
+    #[test]
+    fn a_read_that_fails_leaves_as_much_time_to_others_and_is_not_tried_whole_again() {
+        let mut lanes = Lanes::new(0..64);
+        let read = lanes.marks.next_read(&lanes.limits, 100, Some(50), lanes.now);
+        lanes.now += SLOW;
+        lanes.marks.failed(&read, SLOW, lanes.now);
+        assert_eq!(lanes.passes(SLOW / 2).read(100, Some(50), QUICK).0, Lagging);
+        assert_eq!(lanes.passes(SLOW / 2).read(100, Some(50), QUICK).1.len(), 32);
     }
 }

@@ -15,6 +15,13 @@ use crate::{
 const LEASE: Duration = Duration::from_secs(3600);
 const BATCH: usize = 1000;
 
+/// What the relay asks before each read: the newest row id that was given out, and the number of the oldest
+/// transaction that has not ended.
+pub async fn horizon(conn: &mut PgConnection) -> Result<(i64, i64), sqlx::Error> {
+    let horizon = delivery::horizon(conn).await?;
+    Ok((horizon.newest_id, horizon.oldest_running))
+}
+
 /// Takes messages out of the outbox and hands them over. It needs all lanes: no relay may run on
 /// its database.
 pub struct Courier {

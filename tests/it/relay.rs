@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
-use outbox_relay::{append, lane_of};
+use outbox_relay::{append, lane_of, test_kit::horizon};
+use sqlx::Connection;
 
 use crate::support::{
-    outbox::{Outbox, numbers},
+    eventually,
+    outbox::{Outbox, WAITING, numbers},
     parts::PARTS,
 };
 
@@ -57,6 +59,40 @@ async fn a_transaction_that_commits_late_is_not_stepped_over() {
     outbox.until("select count(*) from outbox_archive", 6).await;
     relay.stop().await;
     assert_eq!(outbox.texts_by_key().await["a"], numbers(1));
+}
+
+/// What the settled marks are built on.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_draws_a_row_id_has_a_number_already_and_the_horizon_knows_it() {
+    let outbox = Outbox::new().await;
+    let mut conn = outbox.pool.acquire().await.unwrap();
+    let mut first = outbox.pool.begin().await.unwrap();
+    append(&mut first, &outbox.message("a", "0")).await.unwrap();
+    let (drawn, _) = horizon(&mut conn).await.unwrap();
+    let mut second = outbox.pool.begin().await.unwrap();
+    let message = outbox.message("a", "1");
+    let second = tokio::spawn(async move {
+        let mut nested = second.begin().await.unwrap();
+        let appended = append(&mut nested, &message).await.unwrap();
+        nested.commit().await.unwrap();
+        (second, appended.row_id)
+    });
+    outbox.until(WAITING, 1).await;
+    assert_eq!(horizon(&mut conn).await.unwrap().0, drawn, "who waits for the key has drawn no id");
+    first.commit().await.unwrap();
+    let (mut second, row_id) = second.await.unwrap();
+    let number: i64 =
+        sqlx::query_scalar("select pg_current_xact_id()::text::bigint").fetch_one(&mut *second).await.unwrap();
+    // Others come and go meanwhile.
+    outbox.append("b", "0").await;
+    let (newest, oldest) = horizon(&mut conn).await.unwrap();
+    assert!(newest > row_id && oldest <= number, "{newest} > {row_id}, {oldest} <= {number}");
+    second.commit().await.unwrap();
+    eventually("it has ended", || async {
+        let (_, oldest) = horizon(&mut outbox.pool.acquire().await.unwrap()).await.unwrap();
+        (oldest > number).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

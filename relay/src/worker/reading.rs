@@ -13,7 +13,7 @@ use crate::{
     delivery::{self, ClaimFilter, LaneClaim, PendingRow},
     fault_points,
     lanes::Trusted,
-    low_marks::{LaneRead, Start},
+    low_marks::LaneRead,
     parking::ParkCause,
     window::Refusal,
 };
@@ -40,7 +40,6 @@ impl Worker {
         }
         // Armed before the query: a commit during it wakes the next step.
         self.wake.borrow_and_update();
-        let (start, claims) = self.marks.next_read(&limits, now);
         let filter = ClaimFilter {
             known_ids: self.window.row_ids(),
             paused_topics: self.topics.names(),
@@ -48,17 +47,21 @@ impl Worker {
         };
         let mut conn = self.pool.acquire().await?;
         let horizon = delivery::horizon(&mut conn).await?;
-        let claimed = delivery::claim(&mut conn, &claims, &filter).await;
+        let asked = Instant::now();
+        let oldest_running = (!filter.passes_over_rows()).then_some(horizon.oldest_running);
+        let read = self.marks.next_read(&limits, horizon.newest_id, oldest_running, asked);
+        let claimed = delivery::claim(&mut conn, &read.claims, &filter).await;
         drop(conn);
-        self.marks.took(start, claims.len(), limits.len(), now.elapsed(), Instant::now());
-        let mut rows = claimed?;
-        let reads = lane_reads(&claims, &rows, horizon.newest_id);
-        if allowance != Allowance::Probe {
-            let passes_over = !(filter.paused_topics.is_empty() && filter.held_keys.is_empty());
-            let oldest_running = (!passes_over).then_some(horizon.oldest_running);
-            self.marks.found(start, &reads, oldest_running, Instant::now());
+        if claimed.is_err() {
+            self.marks.failed(&read, asked.elapsed(), Instant::now());
         }
-        let more = start == Start::Slice || reads.iter().any(|read| read.full);
+        let mut rows = claimed?;
+        self.marks.took(&read, limits.len(), asked.elapsed(), Instant::now());
+        let found = lane_reads(&read.claims, &rows, horizon.newest_id);
+        if allowance != Allowance::Probe {
+            self.marks.found(&read, &found);
+        }
+        let more = read.claims.len() < limits.len() || found.iter().any(|lane| lane.full);
         self.claim_again_at = if more { now } else { now + self.settings.poll };
         if allowance == Allowance::Probe {
             rows.truncate(1);
