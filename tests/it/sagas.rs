@@ -114,7 +114,10 @@ async fn each_reply_delivered_twice_changes_nothing() {
     service
         .reply("user.create.close", &id, &[("saga-id", saga_id), ("ce_id", "reply-2")], json!({ "id": ada["id"] }))
         .await;
-    service.until_count("select count(*) from inbox", 2).await;
+    service.until_count("select count(*) from inbox where outcome in ('applied', 'duplicate')", 2).await;
+    let outcomes: Vec<String> =
+        sqlx::query_scalar("select outcome from inbox order by received_at").fetch_all(&service.db).await.unwrap();
+    assert_eq!(outcomes, ["applied", "duplicate"], "the copy was not looked at a second time");
     service.until_count("select count(*) from outbox_archive", 2).await;
     assert_eq!(service.count("select count(*) from outbox_keys where last_seq = 2").await, 1, "one create, one delete");
     assert_eq!(
