@@ -38,34 +38,7 @@ impl Worker {
         if self.topics.expire(now) | self.keys.expire(now) {
             self.marks.reset(now);
         }
-        // Armed before the query: a commit during it wakes the next step.
-        self.wake.borrow_and_update();
-        let filter = ClaimFilter {
-            known_ids: self.window.row_ids(),
-            paused_topics: self.topics.names(),
-            held_keys: self.keys.names(),
-        };
-        let mut conn = self.pool.acquire().await?;
-        let horizon = delivery::horizon(&mut conn).await?;
-        let asked = Instant::now();
-        let oldest_running = (!filter.passes_over_rows()).then_some(horizon.oldest_running);
-        let read = self.marks.next_read(&limits, horizon.newest_id, oldest_running, asked);
-        let claimed = delivery::claim(&mut conn, &read.claims, &filter).await;
-        drop(conn);
-        if claimed.is_err() {
-            self.marks.failed(&read, asked.elapsed(), Instant::now());
-        }
-        let mut rows = claimed?;
-        self.marks.took(&read, limits.len(), asked.elapsed(), Instant::now());
-        let found = lane_reads(&read.claims, &rows, horizon.newest_id);
-        if allowance != Allowance::Probe {
-            self.marks.found(&read, &found);
-        }
-        let more = read.claims.len() < limits.len() || found.iter().any(|lane| lane.full);
-        self.claim_again_at = if more { now } else { now + self.settings.poll };
-        if allowance == Allowance::Probe {
-            rows.truncate(1);
-        }
+        let mut rows = self.read(&limits, allowance == Allowance::Probe).await?;
         if !rows.is_empty() {
             fault_points::reached("relay::claimed");
         }
@@ -84,6 +57,38 @@ impl Worker {
             (row, cause)
         }));
         Ok(())
+    }
+
+    /// Rows of these lanes that are not in memory, in the order of their ids; of a `probe` the first alone.
+    async fn read(&mut self, limits: &BTreeMap<i16, i64>, probe: bool) -> Result<Vec<PendingRow>, sqlx::Error> {
+        // Armed before the query: a commit during it wakes the next step. If it fails, it is made again at once.
+        self.wake.borrow_and_update();
+        self.claim_again_at = Instant::now();
+        let filter = ClaimFilter {
+            known_ids: self.window.row_ids(),
+            paused_topics: self.topics.names(),
+            held_keys: self.keys.names(),
+        };
+        let mut conn = self.pool.acquire().await?;
+        let horizon = delivery::horizon(&mut conn).await?;
+        let asked = Instant::now();
+        let oldest_running = (!filter.passes_over_rows()).then_some(horizon.oldest_running);
+        let read = self.marks.next_read(limits, horizon.newest_id, oldest_running, asked);
+        let claimed = delivery::claim(&mut conn, &read.claims, &filter).await;
+        drop(conn);
+        if claimed.is_err() {
+            self.marks.failed(&read, asked.elapsed(), Instant::now());
+        }
+        let mut rows = claimed?;
+        self.marks.took(&read, limits.len(), asked.elapsed(), Instant::now());
+        let found = lane_reads(&read.claims, &rows, horizon.newest_id);
+        let more = read.claims.len() < limits.len() || found.iter().any(|lane| lane.full);
+        self.claim_again_at = if more { asked } else { asked + self.settings.poll };
+        match probe {
+            true => rows.truncate(1),
+            false => self.marks.found(&read, &found),
+        }
+        Ok(rows)
     }
 
     /// Whether no other worker of this process has a row on trial, or waits to have one. Asked anew for
