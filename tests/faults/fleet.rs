@@ -268,11 +268,16 @@ impl Fleet {
             };
             // An unanswered COMMIT tells nothing; the checker knows what the database has.
             if committed.await.is_some() {
-                self.told.lock().unwrap().events.entry(key.clone()).or_default().push(message.id);
+                self.was_told(&key, message.id);
             } else {
                 sleep(Duration::from_millis(50)).await;
             }
         }
+    }
+
+    /// A client knows that this event is committed.
+    pub fn was_told(&self, key: &str, event: Uuid) {
+        self.told.lock().unwrap().events.entry(key.to_owned()).or_default().push(event);
     }
 
     pub fn event(&self, key: &str, bytes: usize) -> NewMessage {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outbox_relay::{NewMessage, Replayed, admin, append, replay};
+use outbox_relay::{Replayed, admin, append, replay};
 
 use crate::support::outbox::{Outbox, numbers, same_lane, small_messages};
 
@@ -64,22 +64,6 @@ async fn rows_that_come_back_below_the_marks_are_no_gap() {
     assert_eq!(outbox.count("select count(*) from outbox_parked").await, 0);
     relay.stop().await;
     assert_eq!(outbox.texts_by_key().await[&key].len(), 2);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_is_before_a_parked_row_stays_where_it_is() {
-    let outbox = Outbox::new().await;
-    // The first waits for its topic; a replay stands outside the sequence and does not wait for the first.
-    let mut tx = outbox.pool.begin().await.unwrap();
-    let elsewhere = NewMessage { topic: format!("{}.missing", outbox.topic), ..outbox.message("a", "0") };
-    append(&mut tx, &elsewhere).await.unwrap();
-    let large = append(&mut tx, &outbox.message("a", &"x".repeat(40_000))).await.unwrap().row_id;
-    sqlx::query("update outbox set replay_of = id where id = $1").bind(large).execute(&mut *tx).await.unwrap();
-    tx.commit().await.unwrap();
-    let relay = outbox.relay_with("one", small_messages);
-    outbox.until("select count(*) from outbox_parked", 1).await;
-    assert_eq!(outbox.count("select count(*) from outbox").await, 1);
-    relay.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

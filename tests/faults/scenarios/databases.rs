@@ -10,6 +10,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use outbox_relay::append;
 use secrecy::ExposeSecret;
 use sqlx::Executor;
 use tokio::time::sleep;
@@ -38,7 +39,7 @@ pub fn scenarios() -> Vec<Scenario> {
         scenario!("the connection cut before COMMIT arrives", "not committed, and known not to be", commit_lost),
         scenario!("the connection cut after COMMIT", "committed, and known to be", answer_lost),
         scenario!("a locked table", "the pool is exhausted", locked),
-        scenario!("a snapshot held under load", "nothing dead can be cleaned away", held),
+        scenario!("a snapshot held under load", "nothing dead can be cleaned away, and some commit late", held),
         scenario!("the disk is full", "for the outbox, then for the archive", disk_full),
     ]
 }
@@ -240,7 +241,12 @@ async fn held(stage: Stage) -> Verdict {
     holder.execute("select count(*) from outbox").await.expect("a snapshot");
     let until = tokio::time::Instant::now() + stage.seconds(10, 150);
     while tokio::time::Instant::now() < until {
+        // One whose row has an early id, and commits when hundreds of later ones are out.
+        let (mut late, message) = (fleet.db.begin().await.expect("a transaction"), fleet.event("late", 200));
+        append(&mut late, &message).await.expect("appended");
         fleet.commit_events(8, 40).await;
+        late.commit().await.expect("committed");
+        fleet.was_told("late", message.id);
     }
     load(&fleet, &all, &stage, async {}).await;
     // Everything is out while the snapshot still stands.
