@@ -9,6 +9,7 @@ use crate::{
     delivery::{self, ClaimFilter, LaneClaim, LaneTerm, PendingRow, SentRow},
     lanes::{LeaseKeeper, Ownership, Trusted},
     message::LANES,
+    parking::{self, ParkCause},
 };
 
 /// Longer than any test.
@@ -54,8 +55,7 @@ impl Courier {
     pub async fn take_out(&mut self, conn: &mut PgConnection) -> Result<Vec<Delivered>, sqlx::Error> {
         let trusted = self.trusted()?;
         let terms: Vec<LaneTerm> = trusted.lanes.keys().filter_map(|lane| trusted.term(*lane)).collect();
-        let lanes: Vec<LaneClaim> =
-            terms.iter().map(|term| LaneClaim { lane: term.lane, above: 0, most: BATCH as i64 }).collect();
+        let lanes = lanes_from_the_beginning(&trusted);
         let mut delivered = vec![];
         loop {
             let rows = delivery::claim(conn, &lanes, &ClaimFilter::default()).await?;
@@ -73,6 +73,15 @@ impl Courier {
         }
     }
 
+    /// Does what the relay does when the broker refuses this row for good. Answers how many rows were parked.
+    pub async fn refuse(&mut self, conn: &mut PgConnection, row_id: i64, reason: &str) -> Result<u64, sqlx::Error> {
+        let trusted = self.trusted()?;
+        let rows = delivery::claim(conn, &lanes_from_the_beginning(&trusted), &ClaimFilter::default()).await?;
+        let row = rows.iter().find(|row| row.id == row_id).ok_or(sqlx::Error::RowNotFound)?;
+        let lane = trusted.term(row.lane).ok_or_else(somebody_else)?;
+        parking::park(conn, trusted.relay_id, lane, row, &ParkCause::Unsendable(reason.to_owned())).await
+    }
+
     /// Gives the lanes back.
     pub async fn resign(&mut self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
         self.keeper.resign(conn).await
@@ -88,6 +97,10 @@ impl Courier {
         self.next_offset += 1;
         SentRow { id: row.id, lane: row.lane, partition: 0, offset }
     }
+}
+
+fn lanes_from_the_beginning(trusted: &Trusted) -> Vec<LaneClaim> {
+    trusted.lanes.keys().map(|&lane| LaneClaim { lane, above: 0, most: BATCH as i64 }).collect()
 }
 
 impl Delivered {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outbox_relay::{Replayed, admin, append, replay};
+use outbox_relay::{Replayed, admin, append, replay, test_kit::Courier};
 
 use crate::support::outbox::{Outbox, numbers, same_lane, small_messages};
 
@@ -64,6 +64,22 @@ async fn rows_that_come_back_below_the_marks_are_no_gap() {
     assert_eq!(outbox.count("select count(*) from outbox_parked").await, 0);
     relay.stop().await;
     assert_eq!(outbox.texts_by_key().await[&key].len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_before_a_refused_row_stays_where_it_is() {
+    let outbox = Outbox::new().await;
+    let first = outbox.append("a", "0").await;
+    let (refused, behind) = (outbox.append("a", "1").await, outbox.append("a", "2").await);
+    let mut conn = outbox.pool.acquire().await.unwrap();
+    let mut courier = Courier::hire(&mut conn).await.unwrap();
+    // The first is in the refused one's transaction at the broker, say, and was not archived yet.
+    assert_eq!(courier.refuse(&mut conn, refused, "too large").await.unwrap(), 2);
+    let ids =
+        async |query: &'static str| -> Vec<i64> { sqlx::query_scalar(query).fetch_all(&outbox.pool).await.unwrap() };
+    assert_eq!(ids("select id from outbox").await, [first]);
+    assert_eq!(ids("select id from outbox_parked order by id").await, [refused, behind]);
+    courier.resign(&mut conn).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
