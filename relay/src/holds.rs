@@ -54,6 +54,11 @@ impl Holds {
         any
     }
 
+    /// Whether something is on hold now.
+    pub(crate) fn any(&self) -> bool {
+        self.0.values().any(|hold| !hold.over)
+    }
+
     /// What is on hold now.
     pub(crate) fn names(&self) -> Vec<String> {
         self.0.iter().filter(|(_, hold)| !hold.over).map(|(name, _)| name.clone()).collect()

@@ -84,11 +84,12 @@ pub struct ParkedOfSaga {
     pub saga_id: Uuid,
 }
 
-/// Parked rows that belong to sagas, oldest first, after the row `after`, `most` of them.
+/// Parked rows that belong to sagas, oldest first, after the row `after`, `most` of them. Without replays: what they
+/// send again was out before.
 pub async fn parked_of_sagas(conn: &mut PgConnection, after: i64, most: i64) -> Result<Vec<ParkedOfSaga>, sqlx::Error> {
     sqlx::query_as(
         "select id as row_id, key, message_id, saga_id from outbox_parked
-          where saga_id is not null and id > $1 order by id limit $2",
+          where saga_id is not null and replay_of is null and id > $1 order by id limit $2",
     )
     .bind(after)
     .bind(most)

@@ -7,7 +7,7 @@ use sqlx::Connection;
 
 use crate::support::{
     eventually,
-    outbox::{Outbox, WAITING, numbers},
+    outbox::{Outbox, WAITING, numbers, same_lane},
     parts::PARTS,
 };
 
@@ -111,6 +111,28 @@ async fn two_relays_share_the_lanes_and_keep_the_order() {
     two.stop().await;
     let texts = outbox.texts_by_key().await;
     assert!(texts.values().all(|of_key| *of_key == numbers(30)), "{texts:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn beside_a_missing_topic_the_other_rows_of_a_key_wait_for_no_poll() {
+    let outbox = Outbox::new().await;
+    let missing = Outbox { pool: outbox.pool.clone(), topic: format!("{}.missing", outbox.topic) };
+    let (stuck, neighbour) = same_lane();
+    missing.append(&stuck, "0").await;
+    let relay = outbox.relay_with("one", |settings| settings.poll = Duration::from_secs(600));
+    // The pause grows from attempt to attempt, until it is long enough for what follows.
+    for _ in 0..17 {
+        sqlx::query("notify outbox_wake").execute(&outbox.pool).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let mut tx = outbox.pool.begin().await.unwrap();
+    for n in 0..20 {
+        append(&mut tx, &outbox.message(&neighbour, &n.to_string())).await.unwrap();
+    }
+    sqlx::query("notify outbox_wake").execute(&mut *tx).await.unwrap();
+    tx.commit().await.unwrap();
+    outbox.until("select count(*) from outbox_archive", 20).await;
+    relay.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

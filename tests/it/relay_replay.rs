@@ -1,6 +1,6 @@
 //! What is out is sent again, and what is parked goes on: also when both happen at once.
 
-use outbox_relay::{ReplayError, Replayed, replay};
+use outbox_relay::{ReplayError, Replayed, parked_of_sagas, replay, test_kit::Courier};
 use sqlx::{Connection, PgConnection};
 
 use crate::support::{
@@ -84,6 +84,28 @@ async fn a_replay_waits_for_the_one_before_to_be_parked() {
     parking.commit().await.unwrap();
     assert!(matches!(second.await.unwrap(), Err(ReplayError::ReplayParked { .. })));
     assert_eq!(outbox.count("select count(*) from outbox").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parked_replay_says_nothing_of_the_saga_whose_message_is_out() {
+    let outbox = Outbox::new().await;
+    outbox.append("a", "0").await;
+    sqlx::query("update outbox set saga_id = gen_random_uuid()").execute(&outbox.pool).await.unwrap();
+    let mut conn = outbox.pool.acquire().await.unwrap();
+    let mut courier = Courier::hire(&mut conn).await.unwrap();
+    courier.take_out(&mut conn).await.unwrap();
+    let first: i64 = sqlx::query_scalar("select id from outbox_archive").fetch_one(&mut *conn).await.unwrap();
+    let Replayed::Published { row: again, .. } = replay(&mut conn, first, false).await.unwrap() else {
+        panic!("it was out")
+    };
+    assert_eq!(courier.refuse(&mut conn, again, "too large").await.unwrap(), 1);
+    assert_eq!(parked_of_sagas(&mut conn, 0, 10).await.unwrap(), []);
+    // A message that never was out is another matter.
+    let second = outbox.append("a", "1").await;
+    sqlx::query("update outbox set saga_id = gen_random_uuid()").execute(&outbox.pool).await.unwrap();
+    assert_eq!(courier.refuse(&mut conn, second, "too large").await.unwrap(), 1);
+    let parked: Vec<i64> = parked_of_sagas(&mut conn, 0, 10).await.unwrap().iter().map(|row| row.row_id).collect();
+    assert_eq!(parked, [second]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

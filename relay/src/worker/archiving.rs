@@ -48,6 +48,10 @@ impl Worker {
             self.ownership.forget(lost);
         }
         self.window.archived(self.sent.drain(..).map(|row| row.id));
+        if self.topics.any() {
+            // Only rows whose predecessor is out were read: there may be more of every key.
+            self.claim_again_at = Instant::now();
+        }
         for lane in terms {
             let Some(limit) = trusted.lanes.get(&lane.lane).and_then(|held| held.limit) else { continue };
             let next = limit.saturating_mul(8);
