@@ -119,7 +119,11 @@ pub async fn many(
     if !order.dry_run {
         app.wake.notify();
     }
-    let message = if order.dry_run { "Would be sent again" } else { "Are being sent again" };
+    let message = match (many.replayed.is_empty(), order.dry_run) {
+        (true, _) => "Nothing to send again",
+        (false, true) => "Would be sent again",
+        (false, false) => "Are being sent again",
+    };
     Ok(Success::of(message, many))
 }
 

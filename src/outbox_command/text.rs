@@ -3,7 +3,7 @@
 use std::{fmt::Write, time::Duration};
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use outbox_relay::verify::{Finding, FurtherCopy, PartitionReport, Progress, Report, Totals};
+use outbox_relay::verify::{Finding, FurtherCopy, PartitionReport, Progress, Report, Totals, Vanished};
 
 use super::verify::Product;
 
@@ -24,7 +24,9 @@ pub fn report(product: &Product) -> String {
         line(&mut text, name, &count.to_string());
     }
     line(&mut text, "SHA-256 of rows", &report.rows_sha256);
-    listed(&mut text, "contradictions", report.totals.contradictions(), &report.findings, finding);
+    let Totals { vanished: gone, .. } = report.totals;
+    listed(&mut text, "contradictions", report.totals.contradictions() - gone, &report.findings, finding);
+    listed(&mut text, "vanished from the database", report.vanished.len() as u64, &report.vanished, vanished);
     listed(&mut text, "copies", report.totals.copies, &report.copies, copy);
     text.push('\n');
     text + &conclusion(report) + "\n"
@@ -103,6 +105,7 @@ fn figures(totals: &Totals) -> Vec<(&'static str, u64)> {
         ("out of order", totals.out_of_order),
         ("broken sequence", totals.sequence),
         ("unknown", totals.unknown),
+        ("vanished", totals.vanished),
         ("expired", totals.expired),
         ("topic gone", totals.topic_gone),
         ("not readable yet", totals.open_transaction),
@@ -146,6 +149,10 @@ fn finding(finding: &Finding) -> String {
     let Finding { kind, what, topic, partition, offset, .. } = finding;
     let message = message(finding.key.as_deref(), finding.seq, finding.ce_id);
     format!("{kind:?}: {row}{message}, {topic} partition {partition} offset {offset}: {what}")
+}
+
+fn vanished(Vanished { key, known_seq, last_seq }: &Vanished) -> String {
+    format!("key {key:?}: appended up to number {last_seq}, and nothing behind number {known_seq} is in any table")
 }
 
 fn copy(copy: &FurtherCopy) -> String {

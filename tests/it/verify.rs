@@ -263,6 +263,28 @@ async fn what_the_database_knows_beside_the_window_vouches_for_its_messages() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_vanished_before_it_was_sent_is_told_by_its_keys_counter() {
+    let traffic = Traffic::new().await;
+    let mut tx = traffic.service.db.begin().await.unwrap();
+    sqlx::query("update outbox_keys set last_seq = last_seq + 2 where key = 'b'").execute(&mut *tx).await.unwrap();
+    sqlx::query("insert into outbox_keys (key, last_seq) values ('never seen', 1)").execute(&mut *tx).await.unwrap();
+    tx.commit().await.unwrap();
+    let (code, report) = traffic.verify().await;
+    assert_eq!((code, totals(&report)), (1, figures([("vanished", 3), ("proven", 9)])));
+    let vanished = json!([
+        { "key": "b", "knownSeq": 3, "lastSeq": 5 },
+        { "key": "never seen", "knownSeq": 0, "lastSeq": 1 },
+    ]);
+    assert_eq!(report["vanished"], vanished);
+    let window = ["outbox", "verify", "--from", "1h"];
+    let (code, said, _) = run(&window, &vars(&PARTS.database_url(&traffic.service.database))).await;
+    assert_eq!(code, 1);
+    let told = "key \"b\": appended up to number 5, and nothing behind number 3 is in any table";
+    assert!(said.contains(told) && said.contains("CONTRADICTED 3 times"), "{said}");
+    traffic.service.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn copies_and_replays_are_counted_apart_and_contradict_nothing() {
     let traffic = Traffic::new().await;
     let c1 = traffic.first_of("c").await;

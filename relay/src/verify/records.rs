@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::{
     comparison::Logged,
-    report::{DatabaseIdentity, Finding, FindingKind, MAX_LISTED},
+    report::{DatabaseIdentity, Finding, FindingKind, MAX_LISTED, Vanished},
 };
 
 /// A row of the window; its value as a SHA-256, made by the server.
@@ -79,6 +79,8 @@ pub(crate) struct Overview {
     pub since: DateTime<Utc>,
     /// What is wrong with the sequence of some key.
     pub findings: Vec<Finding>,
+    /// Of all keys, whatever the window.
+    pub vanished: Vec<Vanished>,
 }
 
 /// The window's rows, in order of topic, partition and offset.
@@ -145,6 +147,19 @@ const SEQUENCE: &str = "
       order by s.id
       limit $4";
 
+/// A row that was taken out of the middle of a key is told by the ones behind it; one at its end by the counter alone,
+/// which is counted up in the transaction that appends.
+const VANISHED: &str = "
+     select k.key, known.seq as known_seq, k.last_seq
+       from outbox_keys k
+      cross join lateral (
+            select greatest(0, (select max(p.seq) from outbox_progress p where p.key = k.key),
+                               (select max(o.seq) from outbox o where o.key = k.key),
+                               (select max(q.seq) from outbox_parked q where q.key = k.key)) as seq) known
+      where known.seq < k.last_seq
+      order by k.key collate \"C\"
+      limit $1";
+
 impl<'c> Records<'c> {
     /// Takes the snapshot. The connection keeps the cursor until [`close`](Self::close).
     pub(crate) async fn open(
@@ -165,10 +180,11 @@ impl<'c> Records<'c> {
             .bind(MAX_LISTED as i64)
             .fetch_all(&mut *tx)
             .await?;
+        let vanished = sqlx::query_as(VANISHED).bind(MAX_LISTED as i64).fetch_all(&mut *tx).await?;
         tx.commit().await?;
         let findings = broken.into_iter().map(Broken::finding).collect();
         let records = Self { conn, page: VecDeque::new(), ended: false, digest: Sha256::new() };
-        Ok((records, Overview { shares, sources, since, findings }))
+        Ok((records, Overview { shares, sources, since, findings, vanished }))
     }
 
     /// The next row, if `wanted` says so.

@@ -40,6 +40,8 @@ pub struct Report {
     pub totals: Totals,
     /// What contradicts the archive.
     pub findings: Vec<Finding>,
+    /// Messages that were appended, in whatever window, and are in no table any more.
+    pub vanished: Vec<Vanished>,
     /// Messages that stand in Kafka more than once, as at-least-once allows.
     pub copies: Vec<FurtherCopy>,
     /// Findings and copies that are counted but not listed.
@@ -145,6 +147,8 @@ pub struct Totals {
     pub sequence: u64,
     /// Messages of ours that no row knows.
     pub unknown: u64,
+    /// Messages that were appended and are in no table, with nothing of their key behind them.
+    pub vanished: u64,
     /// Rows that are not out yet; no part of the proof.
     pub pending: u64,
     /// Rows that are held back; no part of the proof.
@@ -191,6 +195,19 @@ pub enum FindingKind {
     Sequence,
     /// No row knows it.
     Unknown,
+}
+
+/// The end of a key that is in no table: its counter says that more was appended. Something took the rows out of
+/// the database before they were sent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, sqlx::FromRow)]
+#[serde(rename_all = "camelCase")]
+pub struct Vanished {
+    /// Key.
+    pub key: String,
+    /// The last message that is out, in the outbox or parked; 0 for none.
+    pub known_seq: i64,
+    /// The last that was appended.
+    pub last_seq: i64,
 }
 
 /// A message that stands in Kafka beside its archived place.
@@ -294,7 +311,7 @@ impl PartitionReport {
 impl Totals {
     /// How many things contradict.
     pub fn contradictions(&self) -> u64 {
-        self.missing + self.different + self.shared + self.out_of_order + self.sequence + self.unknown
+        self.missing + self.different + self.shared + self.out_of_order + self.sequence + self.unknown + self.vanished
     }
 
     /// How many rows and messages can't be proven any more.
