@@ -140,8 +140,16 @@ impl Worker {
         loop {
             if shutdown.is_cancelled() {
                 let stop_by = *stop_by.get_or_insert(Instant::now() + self.settings.lease);
-                let quiet = self.window.in_flight() == 0 && self.sent.is_empty();
-                if quiet || Instant::now() > stop_by {
+                if self.window.in_flight() == 0 && self.sent.is_empty() {
+                    break;
+                }
+                if Instant::now() > stop_by {
+                    let rows = self.window.len();
+                    tracing::warn!(
+                        worker = self.index,
+                        rows,
+                        "stopping after a whole lease: giving up what is in flight"
+                    );
                     break;
                 }
             }
@@ -284,6 +292,10 @@ impl Worker {
             .filter(|&(&lane, &term)| trusted.lanes.get(&lane).is_none_or(|held| held.term != term))
             .map(|(&lane, _)| lane)
             .collect();
+        let rows: usize = lost.iter().map(|&lane| self.window.len_of_lane(lane)).sum();
+        if rows > 0 {
+            tracing::warn!(worker = self.index, rows, lanes = ?lost, "lanes lost: giving up what is in flight");
+        }
         for lane in lost {
             self.terms.remove(&lane);
             self.window.evict_lane(lane);
