@@ -171,7 +171,7 @@ impl LowMarks {
         Some(milestone.newest_id)
     }
 
-    /// What a read has found, which was to be of so many lanes in all.
+    /// What a read has found, lane by lane.
     pub(crate) fn found(&mut self, read: &Read, lanes: &[LaneRead]) {
         for found in lanes {
             if let Some(settled) = read.settles {
