@@ -137,10 +137,12 @@ impl LowMarks {
             return Read { start: Start::Beginning, claims: self.next_slice(limits), settles: None };
         }
         let settles = oldest_running.and_then(|xid| self.passed(xid));
-        let start = match () {
-            () if now >= self.next_slice => Start::Beginning,
-            () if settles.is_some() || now >= self.next_sweep => Start::Settled,
-            () => Start::Lagging,
+        let start = if now >= self.next_slice {
+            Start::Beginning
+        } else if settles.is_some() || now >= self.next_sweep {
+            Start::Settled
+        } else {
+            Start::Lagging
         };
         let claim = |(&lane, &most)| LaneClaim { lane, most, above: self.mark(start, lane) };
         Read { start, claims: limits.iter().map(claim).collect(), settles }
