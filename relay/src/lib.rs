@@ -40,7 +40,7 @@
 //!   `publisher`: Kafka).
 //! - `fault`, `breaker`, `holds`, `low_marks`: small pure decisions.
 //! - [`archive`], [`replay()`], [`admin`], [`verify`]: for those who operate, and for those who audit.
-//! - [`inbox`]: the receiving side.
+//! - [`inbox`], [`headers`]: the receiving side.
 //! - `model`, in tests alone: two relays, a database, a broker and a network in every order of events.
 //! - [`fault_points`]: where the fault suite strikes.
 //! - `test_kit` (with the feature `test-kit`): a relay without a broker.
@@ -51,6 +51,7 @@ mod breaker;
 mod delivery;
 mod fault;
 pub mod fault_points;
+pub mod headers;
 mod holds;
 pub mod inbox;
 mod lanes;

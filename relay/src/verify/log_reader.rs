@@ -11,13 +11,16 @@ use rdkafka::{
     ClientConfig, ClientContext, Message, Offset, TopicPartitionList,
     consumer::{Consumer, ConsumerContext, StreamConsumer},
     error::{KafkaError, KafkaResult, RDKafkaErrorCode as Code},
-    message::{BorrowedMessage, Headers},
+    message::BorrowedMessage,
 };
 use sha2::{Digest, Sha256};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::comparison::Logged;
-use crate::publisher::{KafkaSettings, PublisherError, refused};
+use crate::{
+    headers::MessageHeaders,
+    publisher::{KafkaSettings, PublisherError, refused},
+};
 
 /// Why Kafka could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -247,11 +250,8 @@ fn consumer(settings: &KafkaSettings, isolation: &str) -> Result<StreamConsumer<
 }
 
 fn logged(message: &BorrowedMessage<'_>) -> Logged {
-    let header = |name: &str| {
-        let headers = message.headers()?;
-        let value = headers.iter().find(|header| header.key == name)?.value?;
-        std::str::from_utf8(value).ok()
-    };
+    let headers = MessageHeaders::read(message.headers());
+    let header = |name| headers.text(name);
     Logged {
         offset: message.offset(),
         timestamp: message.timestamp().to_millis(),
