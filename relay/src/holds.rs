@@ -41,17 +41,18 @@ impl Holds {
         !self.0.is_empty() && self.0.remove(name).is_some_and(|hold| !hold.over)
     }
 
-    /// Lets go what has waited long enough; `true` when there was something. It is remembered for
-    /// the length of the next wait, in case it fails again.
-    pub(crate) fn expire(&mut self, now: Instant) -> bool {
-        let mut any = false;
-        self.0.retain(|_, hold| {
+    /// Lets go what has waited long enough, and returns its names. It is remembered for the length of
+    /// the next wait, in case it fails again.
+    pub(crate) fn expire(&mut self, now: Instant) -> Vec<String> {
+        let mut over = Vec::new();
+        self.0.retain(|name, hold| {
             if !hold.over && now >= hold.until {
-                (hold.over, any) = (true, true);
+                hold.over = true;
+                over.push(name.clone());
             }
             now < hold.until + LONGEST * 2
         });
-        any
+        over
     }
 
     /// Whether something is on hold now.
@@ -75,12 +76,12 @@ mod tests {
         let mut holds = Holds::default();
         assert!(holds.hold("t", start));
         assert_eq!(holds.names(), ["t"]);
-        assert!(!holds.expire(start + FIRST / 2));
-        assert!(holds.expire(start + FIRST));
+        assert!(holds.expire(start + FIRST / 2).is_empty());
+        assert_eq!(holds.expire(start + FIRST), ["t"]);
         assert!(holds.names().is_empty());
         assert!(!holds.hold("t", start + FIRST), "it is remembered");
-        assert!(!holds.expire(start + FIRST * 2));
-        assert!(holds.expire(start + FIRST * 3), "the second wait is twice the first");
+        assert!(holds.expire(start + FIRST * 2).is_empty());
+        assert_eq!(holds.expire(start + FIRST * 3), ["t"], "the second wait is twice the first");
         holds.release("t");
         assert!(holds.hold("t", start));
     }

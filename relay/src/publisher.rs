@@ -16,7 +16,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{MapAccess, Visitor},
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::JoinSet};
 
 use crate::{delivery::PendingRow, fault::Fault};
 
@@ -45,6 +45,16 @@ const GUARDED: [&str; 13] = [
     "transactional.id",
     "transaction.timeout.ms",
 ];
+
+/// A broker that has not answered a request for so long is taken for dead: the connection is closed, and the request
+/// goes to whoever leads the partition by then. Shorter than [`RelaySettings::delivery_timeout`], so that a frozen
+/// leader costs a wait and no duplicates: the client sends the same sequence numbers again, and the broker knows them.
+///
+/// [`RelaySettings::delivery_timeout`]: crate::RelaySettings
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// The client would find a topic that was deleted and made again after five minutes only.
+const METADATA_REFRESH: Duration = Duration::from_secs(10);
+const METADATA_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why there is no producer.
 #[derive(Debug, thiserror::Error)]
@@ -110,12 +120,12 @@ pub(crate) struct Publisher {
 }
 
 impl Publisher {
-    /// `patience` is how long the client itself tries to deliver one message, or to commit a transaction
-    /// under the name of a `fence`.
+    /// The client itself tries for `delivery_timeout` to deliver one message, or to commit a transaction under the
+    /// name of a `fence`.
     pub(crate) fn new(
         settings: &KafkaSettings,
         window: usize,
-        patience: Duration,
+        delivery_timeout: Duration,
         fence: Option<&str>,
     ) -> Result<Self, PublisherError> {
         // Unbounded, yet never longer than the window: every report answers one message in it.
@@ -139,7 +149,9 @@ impl Publisher {
             // kafkajs reads only uncompressed and gzip batches without plug-ins.
             .set("compression.type", "none")
             .set("linger.ms", "1")
-            .set("message.timeout.ms", patience.as_millis().to_string())
+            .set("message.timeout.ms", delivery_timeout.as_millis().to_string())
+            .set("socket.timeout.ms", ANSWER_TIMEOUT.as_millis().to_string())
+            .set("topic.metadata.refresh.interval.ms", METADATA_REFRESH.as_millis().to_string())
             .set("topic.metadata.propagation.max.ms", "5000")
             .set("queue.buffering.max.messages", (window * 2).max(1000).to_string())
             .set("reconnect.backoff.ms", "50")
@@ -149,7 +161,7 @@ impl Publisher {
         if let Some(name) = fence {
             config
                 .set("transactional.id", name)
-                .set("transaction.timeout.ms", patience.as_millis().to_string())
+                .set("transaction.timeout.ms", delivery_timeout.as_millis().to_string())
                 // A transaction can't begin before the broker is done with the last one, which takes it a moment.
                 .set("retry.backoff.ms", "10");
         }
@@ -212,6 +224,25 @@ impl Publisher {
         let producer = self.producer.clone();
         let called = tokio::task::spawn_blocking(move || call(&producer)).await;
         called.map_err(|panic| panic.to_string())?.map_err(|error| error.to_string())
+    }
+
+    /// Asks the cluster about these topics, whose pause has ended. Without that the client would refuse their
+    /// messages by what it remembers, although the topic was made meanwhile. No answer within a second is no
+    /// harm: their next message fails, and they are paused again.
+    pub(crate) async fn refresh_metadata(&self, topics: Vec<String>) {
+        let mut asked = JoinSet::new();
+        for topic in topics {
+            let producer = self.producer.clone();
+            asked.spawn_blocking(move || {
+                let answer = producer.client().fetch_metadata(Some(&topic), METADATA_TIMEOUT);
+                (topic, answer.err())
+            });
+        }
+        while let Some(answer) = asked.join_next().await {
+            if let Ok((topic, Some(error))) = answer {
+                tracing::debug!(topic, %error, "no metadata of a paused topic");
+            }
+        }
     }
 
     /// The next report; waits for one.
@@ -316,6 +347,10 @@ fn classify(error: &KafkaError) -> Fault {
 
 #[cfg(test)]
 mod tests {
+    use rdkafka::{mocking::MockCluster, types::RDKafkaRespErr};
+    use serde_json::value::RawValue;
+    use sqlx::types::Json;
+
     use super::*;
 
     fn fault_of(code: Code) -> Fault {
@@ -343,6 +378,38 @@ mod tests {
     fn a_missing_topic_is_not_the_messages_fault() {
         assert_eq!(fault_of(Code::UnknownTopicOrPartition), Fault::Topic);
         assert_eq!(fault_of(Code::TopicAuthorizationFailed), Fault::Topic);
+    }
+
+    /// What the client remembers of a topic must not outlive the topic's absence by minutes.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_topic_that_is_made_again_takes_messages_as_soon_as_the_cluster_was_asked() {
+        let cluster = MockCluster::new(1).expect("the mock cluster starts");
+        cluster.create_topic("t", 1, 1).expect("a topic");
+        let missing = RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
+        cluster.topic_error("t", missing).expect("the topic is hidden");
+        let settings = KafkaSettings { brokers: cluster.bootstrap_servers(), client: vec![] };
+        let mut publisher = Publisher::new(&settings, 10, Duration::from_secs(60), None).expect("a producer");
+        let row = PendingRow {
+            id: 1,
+            lane: 0,
+            key: "k".into(),
+            seq: 1,
+            topic: "t".into(),
+            payload: vec![],
+            headers: Json(RawValue::from_string("{}".to_owned()).expect("an object")),
+            replay_of: None,
+            created_at: chrono::DateTime::UNIX_EPOCH,
+            published_seq: 0,
+            blocked: false,
+        };
+        publisher.enqueue(&row, 0).expect("the client waits a while for the topic");
+        let report = publisher.report().await.expect("a report");
+        assert_eq!(report.result.expect_err("there is no topic").fault, Fault::Topic);
+        cluster.topic_error("t", RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR).expect("the topic is there");
+        assert!(matches!(publisher.enqueue(&row, 0), Err(NotEnqueued::Failed(_))), "the client remembers its absence");
+        publisher.refresh_metadata(vec!["t".to_owned()]).await;
+        publisher.enqueue(&row, 0).expect("the client knows the topic");
+        assert!(publisher.report().await.expect("a report").result.is_ok());
     }
 
     #[test]

@@ -56,14 +56,22 @@ pub struct RelaySettings {
 impl RelaySettings {
     /// A producer; with the name of a fence, one that can raise it.
     pub(crate) fn publisher(&self, fence: Option<&str>) -> Result<Publisher, PublisherError> {
-        Publisher::new(&self.kafka, self.batch, self.patience(), fence)
+        Publisher::new(&self.kafka, self.batch, self.delivery_timeout(), fence)
     }
 
-    /// How long the client tries to deliver one message before it reports a time-out. Well above a
-    /// leader election; the order of a key does not depend on it, since the next message of a key
-    /// waits for the report whatever it says.
-    pub(crate) fn patience(&self) -> Duration {
-        self.lease.max(Duration::from_secs(10))
+    /// How long the client tries to deliver one message, or to finish a transaction, before it reports a failure.
+    ///
+    /// A cluster replaces a killed leader after its session of 9 s and an election. A client that gives up
+    /// earlier leaves a message that the old leader may have appended, and sends it again: a duplicate for
+    /// every message in flight. Within this time the client itself tries again, under the same sequence
+    /// number, and the broker drops the duplicate. Order does not depend on it: the next message of a key
+    /// waits for the report, whatever it says.
+    ///
+    /// With fencing it is also the life of a transaction at the broker, and so a part of how long consumers of
+    /// committed messages wait when no relay is left to abort one. It is shorter there for that reason.
+    pub(crate) fn delivery_timeout(&self) -> Duration {
+        let seconds = if self.fencing { 20 } else { 30 };
+        (self.lease * 2).max(Duration::from_secs(seconds))
     }
 }
 

@@ -74,7 +74,7 @@ impl Worker {
     }
 
     async fn raise_fence(&mut self, name: &str) -> Result<(), String> {
-        let patience = self.settings.patience();
+        let patience = self.settings.delivery_timeout();
         let publisher = self.settings.publisher(Some(name)).map_err(|error| error.to_string())?;
         // The old one has to be gone: with messages in flight it asks the broker for a new epoch on its
         // way out, and would fence off its successor.
@@ -112,7 +112,7 @@ impl Worker {
     pub(super) async fn settle(&mut self, trusted: &Trusted) {
         match self.fence {
             Fence::Up => {}
-            Fence::InTransaction => match self.publisher.commit(self.settings.patience()).await {
+            Fence::InTransaction => match self.publisher.commit(self.settings.delivery_timeout()).await {
                 Ok(()) => self.settled(trusted).await,
                 Err(reason) => {
                     tracing::warn!(worker = self.index, reason, "a transaction was not committed; sending again");
@@ -142,7 +142,7 @@ impl Worker {
 
     async fn abort(&mut self) {
         self.forget_unsettled();
-        self.fence = match self.publisher.abort(self.settings.patience()).await {
+        self.fence = match self.publisher.abort(self.settings.delivery_timeout()).await {
             Ok(()) => Fence::Up,
             Err(reason) => {
                 tracing::debug!(worker = self.index, reason, "a transaction was not aborted; raising the fence anew");

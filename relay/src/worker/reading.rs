@@ -35,9 +35,11 @@ impl Worker {
             self.claim_again_at = now + self.settings.poll;
             return Ok(());
         }
-        if self.topics.expire(now) | self.keys.expire(now) {
+        let (topics, keys) = (self.topics.expire(now), self.keys.expire(now));
+        if !topics.is_empty() || !keys.is_empty() {
             self.marks.reset(now);
         }
+        self.publisher.refresh_metadata(topics).await;
         let mut rows = self.read(&limits, allowance == Allowance::Probe).await?;
         if !rows.is_empty() {
             fault_points::reached("relay::claimed");
