@@ -41,6 +41,7 @@
 //! - `fault`, `breaker`, `holds`, `low_marks`: small pure decisions.
 //! - [`archive`], [`replay()`], [`admin`], [`verify`]: for those who operate, and for those who audit.
 //! - [`inbox`], [`headers`]: the receiving side.
+//! - [`logging`]: log lines that stay few and short, whatever happens outside.
 //! - `model`, in tests alone: two relays, a database, a broker and a network in every order of events.
 //! - [`fault_points`]: where the fault suite strikes.
 //! - `test_kit` (with the feature `test-kit`): a relay without a broker.
@@ -55,6 +56,7 @@ pub mod headers;
 mod holds;
 pub mod inbox;
 mod lanes;
+pub mod logging;
 mod low_marks;
 mod message;
 #[cfg(test)]
