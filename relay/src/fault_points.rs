@@ -64,3 +64,12 @@ pub fn reached(place: &'static str) {
     #[cfg(not(feature = "fault-points"))]
     let _ = place;
 }
+
+/// A supervised task has been started; its place is `task::NAME`.
+#[inline]
+pub(crate) fn task_started(place: &str) {
+    #[cfg(feature = "fault-points")]
+    fail::fail_point!(place, |_| std::process::abort());
+    #[cfg(not(feature = "fault-points"))]
+    let _ = place;
+}

@@ -41,6 +41,7 @@
 //! - `fault`, `breaker`, `holds`, `low_marks`: small pure decisions.
 //! - [`archive`], [`replay()`], [`admin`], [`verify`]: for those who operate, and for those who audit.
 //! - [`inbox`], [`headers`]: the receiving side.
+//! - [`supervisor`]: long-running tasks that are started again when they fail.
 //! - [`logging`]: log lines that stay few and short, whatever happens outside.
 //! - `model`, in tests alone: two relays, a database, a broker and a network in every order of events.
 //! - [`fault_points`]: where the fault suite strikes.
@@ -66,6 +67,7 @@ mod parking;
 mod publisher;
 mod relay;
 mod replay;
+pub mod supervisor;
 #[cfg(feature = "test-kit")]
 pub mod test_kit;
 pub mod verify;

@@ -2,18 +2,23 @@
 //! share of the lanes. While one worker waits for the database the other waits for the broker.
 
 use std::{
+    convert::Infallible,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use sqlx::postgres::PgPool;
-use tokio::{sync::RwLock, time::sleep};
+use tokio::{
+    sync::{Mutex, RwLock},
+    time::sleep,
+};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     lanes::{FENCES, LeaseKeeper, Ownership},
     message::LANES,
     publisher::{KafkaSettings, Publisher, PublisherError},
+    supervisor::Supervisor,
     wake::Wake,
     worker::Worker,
 };
@@ -83,6 +88,7 @@ pub struct Relay {
     ownership: Ownership,
     /// See [`Worker`].
     trials: Arc<RwLock<()>>,
+    supervisor: Supervisor,
 }
 
 impl Relay {
@@ -92,7 +98,19 @@ impl Relay {
         if settings.fencing {
             settings.workers = FENCES;
         }
-        Self { settings: Arc::new(settings), pool, wake, ownership: Ownership::default(), trials: Arc::default() }
+        Self {
+            settings: Arc::new(settings),
+            pool,
+            wake,
+            ownership: Ownership::default(),
+            trials: Arc::default(),
+            supervisor: Supervisor::default(),
+        }
+    }
+
+    /// Has `supervisor` run the relay's tasks, so that its owner sees how they do.
+    pub fn supervised_by(self, supervisor: Supervisor) -> Self {
+        Self { supervisor, ..self }
     }
 
     /// Runs until `shutdown`, then waits for what is in flight (at most one lease), archives it and
@@ -103,27 +121,53 @@ impl Relay {
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), PublisherError> {
         self.settings.publisher(None)?;
         let keeper_stop = CancellationToken::new();
-        let keeper = spawn(keep_lease(
-            LeaseKeeper::new(
-                self.ownership.clone(),
-                self.settings.name.clone(),
-                self.settings.lease,
-                self.settings.batch,
-                if self.settings.fencing { FENCES as i16 } else { LANES },
-            ),
-            self.pool.clone(),
+        // Shared by all lives of the task: one that panicked has not lost the lease.
+        let keeper = Arc::new(Mutex::new(LeaseKeeper::new(
+            self.ownership.clone(),
+            self.settings.name.clone(),
             self.settings.lease,
-            keeper_stop.clone(),
-        ));
-        let listener = spawn(self.wake.clone().listen(self.pool.clone(), shutdown.clone()));
+            self.settings.batch,
+            if self.settings.fencing { FENCES as i16 } else { LANES },
+        )));
         let relay = Arc::new(self);
-        let workers: Vec<_> =
-            (0..relay.settings.workers).map(|index| spawn(supervise(relay.clone(), index, shutdown.clone()))).collect();
+        let keeping = {
+            let (relay, keeper, stop) = (relay.clone(), keeper.clone(), keeper_stop.clone());
+            let start = {
+                let (relay, stop) = (relay.clone(), stop.clone());
+                move || keep_lease(keeper.clone(), relay.clone(), stop.clone())
+            };
+            spawn(async move { relay.supervisor.run("relay-lease-keeper", stop, start).await })
+        };
+        let listening = {
+            let (relay, stop) = (relay.clone(), shutdown.clone());
+            let start = {
+                let (relay, stop) = (relay.clone(), stop.clone());
+                move || {
+                    let listening = relay.wake.clone().listen(relay.pool.clone(), stop.clone());
+                    async {
+                        listening.await;
+                        Ok::<_, Infallible>(())
+                    }
+                }
+            };
+            spawn(async move { relay.supervisor.run("relay-wake-listener", stop, start).await })
+        };
+        let workers: Vec<_> = (0..relay.settings.workers)
+            .map(|index| {
+                let (relay, stop) = (relay.clone(), shutdown.clone());
+                let start = {
+                    let (relay, stop) = (relay.clone(), stop.clone());
+                    move || work(relay.clone(), index, stop.clone())
+                };
+                spawn(async move { relay.supervisor.run(format!("relay-worker-{index}"), stop, start).await })
+            })
+            .collect();
         for worker in workers {
             let _ = worker.await;
         }
         keeper_stop.cancel();
-        let _ = tokio::join!(keeper, listener);
+        let _ = tokio::join!(keeping, listening);
+        resign(&keeper, &relay.pool).await;
         Ok(())
     }
 }
@@ -132,52 +176,50 @@ fn spawn<T: Send + 'static>(task: impl Future<Output = T> + Send + 'static) -> A
     AbortOnDropHandle::new(tokio::spawn(task))
 }
 
-/// Keeps one worker going. A worker that panics is replaced, and its lanes come under suspicion as
-/// if the process had died: the row that did it may be among them.
-async fn supervise(relay: Arc<Relay>, index: usize, shutdown: CancellationToken) {
-    while !shutdown.is_cancelled() {
-        let publisher = match relay.settings.publisher(None) {
-            Ok(publisher) => publisher,
-            Err(error) => {
-                tracing::error!(%error, "no producer; trying again");
-                sleep(Duration::from_secs(1)).await;
-                continue;
-            }
-        };
-        let worker = Worker::new(
-            index,
-            relay.settings.clone(),
-            relay.pool.clone(),
-            relay.ownership.clone(),
-            publisher,
-            relay.wake.subscribe(),
-            relay.trials.clone(),
-        );
-        let Err(failure) = spawn(worker.run(shutdown.clone())).await else { continue };
-        tracing::error!(worker = index, %failure, "relay worker died; its lanes are under suspicion");
-        metrics::counter!("outbox_worker_deaths_total").increment(1);
-        if let Ok(mut conn) = relay.pool.acquire().await {
-            let accused = relay.ownership.accuse(&mut conn, index, relay.settings.workers, relay.settings.batch).await;
-            if let Err(error) = accused {
-                tracing::warn!(%error, "the suspicion could not be written down");
-            }
+/// One life of a worker. Where it ends in a panic, its lanes come under suspicion as if the process had died: the
+/// row that did it may be among them.
+async fn work(relay: Arc<Relay>, index: usize, shutdown: CancellationToken) -> Result<(), String> {
+    let publisher = relay.settings.publisher(None).map_err(|error| format!("no producer: {error}"))?;
+    let worker = Worker::new(
+        index,
+        relay.settings.clone(),
+        relay.pool.clone(),
+        relay.ownership.clone(),
+        publisher,
+        relay.wake.subscribe(),
+        relay.trials.clone(),
+    );
+    let Err(failure) = spawn(worker.run(shutdown.clone())).await else { return Ok(()) };
+    metrics::counter!("outbox_worker_deaths_total").increment(1);
+    if let Ok(mut conn) = relay.pool.acquire().await {
+        let accused = relay.ownership.accuse(&mut conn, index, relay.settings.workers, relay.settings.batch).await;
+        if let Err(error) = accused {
+            tracing::warn!(%error, "the suspicion could not be written down");
         }
-        sleep(Duration::from_secs(1)).await;
     }
+    Err(format!("{failure}; its lanes are under suspicion"))
 }
 
-async fn keep_lease(mut keeper: LeaseKeeper, pool: PgPool, lease: Duration, stop: CancellationToken) {
-    let every = lease / 4;
+async fn keep_lease(
+    keeper: Arc<Mutex<LeaseKeeper>>,
+    relay: Arc<Relay>,
+    stop: CancellationToken,
+) -> Result<(), Infallible> {
+    let every = relay.settings.lease / 4;
     while !stop.is_cancelled() {
-        if let Err(error) = renew(&mut keeper, &pool, every).await {
+        if let Err(error) = renew(&mut *keeper.lock().await, &relay.pool, every).await {
             tracing::warn!(%error, "lease not renewed; trying again");
         }
-        metrics::gauge!("outbox_lanes_owned").set(keeper.ownership.count() as f64);
+        metrics::gauge!("outbox_lanes_owned").set(relay.ownership.count() as f64);
         stop.run_until_cancelled(sleep(every.mul_f64(0.9 + jitter() * 0.2))).await;
     }
+    Ok(())
+}
+
+async fn resign(keeper: &Mutex<LeaseKeeper>, pool: &PgPool) {
     let resigned = async {
         let mut conn = pool.acquire().await?;
-        keeper.resign(&mut conn).await
+        keeper.lock().await.resign(&mut conn).await
     };
     if let Err(error) = resigned.await {
         tracing::warn!(%error, "lanes not given back; others take them when the lease runs out");
