@@ -37,6 +37,8 @@ pub struct Verdict {
     pub parked: u64,
     pub stuck: u64,
     pub deaths: u64,
+    /// What was measured on the way, in words.
+    pub measured: Vec<String>,
     /// What is wrong, in words.
     pub findings: Vec<String>,
 }
@@ -72,6 +74,9 @@ impl fmt::Display for Verdict {
                 write!(f, " {what} {count}")?;
             }
         }
+        for measured in &self.measured {
+            write!(f, "; {measured}")?;
+        }
         Ok(())
     }
 }
@@ -84,7 +89,8 @@ pub async fn judge(fleet: Fleet, keepers: Vec<Keeper>, expected: Expected) -> Ve
         keeper.stop().await;
         verdict.allowed += keeper.given_up();
     }
-    let topics = ["user.create", "user.delete", "load"].map(|name| fleet.topic(name));
+    let mut topics = ["user.create", "user.delete", "load"].map(|name| fleet.topic(name)).to_vec();
+    topics.extend(fleet.more_topics());
     let seen = kafka::read_all(&fleet.brokers, &topics).await;
     let first = first_occurrences(&mut verdict, &seen);
     order(&mut verdict, &first);

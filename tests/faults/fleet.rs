@@ -57,6 +57,10 @@ pub struct Wishes {
     pub no_user_service: bool,
     /// Topics that are not made.
     pub without: &'static [&'static str],
+    /// Its relays fence each other off, whatever the scenario's name says.
+    pub fenced: bool,
+    /// Topics beside the usual ones, which the scenario makes.
+    pub more_topics: usize,
 }
 
 /// Everything a scenario plays on.
@@ -70,6 +74,7 @@ pub struct Fleet {
     /// No copy may stand behind the message the archive names.
     pub fenced: bool,
     full: bool,
+    more_topics: usize,
     vars: Vec<(String, String)>,
     name: String,
     client: reqwest::Client,
@@ -122,6 +127,7 @@ impl Fleet {
             Some(url) => url,
             None => PARTS.database_url(&PARTS.database().await),
         };
+        let fenced = wishes.fenced || stage.fenced();
         let other = if wishes.no_user_service {
             None
         } else {
@@ -142,7 +148,7 @@ impl Fleet {
                 ("HASH_MAX_WAIT", "60s"),
                 ("SAGA_STEP_TIMEOUT", "4s"),
                 ("SAGA_RESOLVE_BACKOFF", "500ms"),
-                ("RELAY_FENCING", if stage.fenced() { "true" } else { "false" }),
+                ("RELAY_FENCING", if fenced { "true" } else { "false" }),
             ],
         );
         if let Some(other) = &other {
@@ -158,8 +164,9 @@ impl Fleet {
             prefix,
             told: Mutex::default(),
             allowed: AtomicU64::new(0),
-            fenced: stage.fenced(),
+            fenced,
             full: stage.full,
+            more_topics: wishes.more_topics,
             vars,
             name: format!("{}-{}", stage.name.replace([':', ' '], "_"), stage.seed),
             client: reqwest::Client::builder().timeout(Duration::from_secs(15)).build().expect("a client"),
@@ -260,18 +267,58 @@ impl Fleet {
 
     pub async fn commit_events_of(&self, key: String, count: usize, bytes: usize) {
         for _ in 0..count {
-            let message = self.event(&key, bytes);
-            let committed = async {
-                let mut tx = self.db.begin().await.ok()?;
-                append(&mut tx, &message).await.ok()?;
-                tx.commit().await.ok()
-            };
-            // An unanswered COMMIT tells nothing; the checker knows what the database has.
-            if committed.await.is_some() {
-                self.was_told(&key, message.id);
-            } else {
-                sleep(Duration::from_millis(50)).await;
+            self.commit_event(&key, self.event(&key, bytes)).await;
+        }
+    }
+
+    /// Events of many keys and new users, one after the other with a `pause` between, until it is enough.
+    pub async fn load_until(&self, keeper: &Keeper, keys: usize, pause: Duration, enough: &CancellationToken) {
+        let events = join_all((0..keys).map(|key| async move {
+            while !enough.is_cancelled() {
+                self.commit_events_of(format!("key{key}"), 1, 200).await;
+                sleep(pause).await;
             }
+        }));
+        let users = async {
+            for n in 0.. {
+                self.register_one(&[keeper], n, n % 3 == 2).await;
+                if tokio::time::timeout(Duration::from_secs(2), enough.cancelled()).await.is_ok() {
+                    return;
+                }
+            }
+        };
+        tokio::join!(events, users);
+    }
+
+    /// One event in each further topic, of a key of its own.
+    pub async fn commit_to_more_topics(&self) {
+        join_all(self.more_topics().into_iter().enumerate().map(|(n, topic)| async move {
+            let key = format!("further{n}");
+            self.commit_event(&key, NewMessage { topic, ..self.event(&key, 100) }).await;
+        }))
+        .await;
+    }
+
+    /// Every topic of its own.
+    pub fn topics(&self) -> Vec<String> {
+        TOPICS.iter().map(|name| self.topic(name)).chain(self.more_topics()).collect()
+    }
+
+    pub fn more_topics(&self) -> Vec<String> {
+        (0..self.more_topics).map(|n| self.topic(&format!("further{n}"))).collect()
+    }
+
+    async fn commit_event(&self, key: &str, message: NewMessage) {
+        let committed = async {
+            let mut tx = self.db.begin().await.ok()?;
+            append(&mut tx, &message).await.ok()?;
+            tx.commit().await.ok()
+        };
+        // An unanswered COMMIT tells nothing; the checker knows what the database has.
+        if committed.await.is_some() {
+            self.was_told(key, message.id);
+        } else {
+            sleep(Duration::from_millis(50)).await;
         }
     }
 
@@ -299,16 +346,24 @@ impl Fleet {
 
     /// Looks until the count is as expected; fails the scenario when it never is.
     pub async fn until_count(&self, query: &'static str, expected: i64, patience: Duration) {
+        self.until(query, |count| count == expected, patience).await;
+    }
+
+    pub async fn until_at_least(&self, query: &'static str, least: i64, patience: Duration) {
+        self.until(query, |count| count >= least, patience).await;
+    }
+
+    async fn until(&self, query: &'static str, good: impl Fn(i64) -> bool, patience: Duration) {
         let since = Instant::now();
         let mut last = i64::MIN;
         while since.elapsed() < patience {
             last = self.count(query).await;
-            if last == expected {
+            if good(last) {
                 return;
             }
             sleep(Duration::from_millis(50)).await;
         }
-        panic!("waited {patience:?} in vain for {query} = {expected}; it is {last}");
+        panic!("waited {patience:?} in vain for {query}; it is {last}");
     }
 
     /// Waits until nothing is under way any more, or until it has taken too long, which in the full form is
@@ -324,6 +379,18 @@ impl Fleet {
                 sleep(Duration::from_millis(50)).await;
             }
         }
+    }
+
+    /// The longest that an event waited, from its transaction's begin until it was known to be in Kafka.
+    pub async fn longest_wait(&self) -> Duration {
+        let longest: Option<f64> = sqlx::query_scalar(
+            "select max(extract(epoch from published_at - created_at))::float8 from outbox_archive where topic = $1",
+        )
+        .bind(self.topic("load"))
+        .fetch_one(&self.db)
+        .await
+        .expect("the archive");
+        Duration::from_secs_f64(longest.unwrap_or(0.0))
     }
 
     /// Where the other service is asked.

@@ -4,17 +4,23 @@
 //!
 //! - [`stage`], [`fleet`]: what a scenario plays on: database, topics, load, the other service;
 //! - [`keeper`]: processes that are started again when they die; [`node`]: a Kafka that may be harmed;
-//! - [`proxy`]: wires that break; [`postman`]: messages that come badly; [`checker`]: the counts;
+//! - [`cluster`]: three of them; [`protocol`]: what is asked of them; [`control`]: a plain producer beside;
+//! - [`proxy`]: wires that break; [`refusal`]: one that speaks Kafka; [`postman`]: messages that come badly;
+//! - [`checker`]: the counts;
 //! - [`scenarios`]: what goes wrong.
 //!
 //! Everything random comes from the seed: the same `--seed` and `--only` play the same scenario.
 
 mod checker;
+mod cluster;
+mod control;
 mod fleet;
 mod keeper;
 mod node;
 mod postman;
+mod protocol;
 mod proxy;
+mod refusal;
 mod scenarios;
 mod stage;
 
@@ -54,10 +60,10 @@ struct Arguments {
     /// Only scenarios whose name contains this
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
-    /// With the long waits: minutes instead of seconds, and more load
+    /// With the rare scenarios and the long waits: minutes instead of seconds, and more load
     #[arg(long)]
     full: bool,
-    /// Scenarios played at once, beside two that have an Apache Kafka of their own
+    /// Scenarios played at once, beside two that have an Apache Kafka of their own and one on three of them
     #[arg(long, default_value_t = 8, value_name = "N")]
     at_once: usize,
     /// Name the scenarios and end
@@ -81,7 +87,10 @@ struct Played {
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let chosen: Vec<&'static Scenario> = scenarios::all()
-        .filter(|scenario| arguments.only.as_ref().is_none_or(|only| scenario.name.contains(only.as_str())))
+        .filter(|scenario| match &arguments.only {
+            Some(only) => scenario.name.contains(only.as_str()),
+            None => arguments.full || arguments.list || !scenario.rare,
+        })
         .collect();
     if arguments.list {
         chosen.iter().for_each(|scenario| println!("{:<44} {}", scenario.name, scenario.about));
@@ -109,17 +118,19 @@ async fn main() -> ExitCode {
 async fn play(arguments: &Arguments, chosen: &[&'static Scenario]) -> Vec<Played> {
     let room = Arc::new(Semaphore::new(arguments.at_once.max(1)));
     let own_broker = Arc::new(Semaphore::new(OWN_BROKERS));
+    let cluster = Arc::new(Semaphore::new(1));
     let mut playing = JoinSet::new();
     let total = chosen.len() as u64 * arguments.rounds;
     for seed in arguments.seed..arguments.seed + arguments.rounds {
         for &scenario in chosen {
-            let (room, own_broker) = (room.clone(), own_broker.clone());
+            let (room, own_broker, cluster) = (room.clone(), own_broker.clone(), cluster.clone());
             let full = arguments.full;
             playing.spawn(async move {
                 // Those with a broker of their own wait for nobody else, or they would all come last.
                 let lane = match scenario.lane {
                     Lane::Shared => room,
                     Lane::OwnBroker => own_broker,
+                    Lane::Cluster => cluster,
                 };
                 let _room = lane.acquire_owned().await.expect("open");
                 play_one(scenario, seed, full).await

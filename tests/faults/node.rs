@@ -60,7 +60,8 @@ impl Node {
         let mut child = Command::new(script)
             .args(["--data".as_ref(), self.data.path().as_os_str()])
             .args(["--port", &self.port.to_string()])
-            .args(["--set", &format!("advertised.listeners=PLAINTEXT://{}", self.brokers())])
+            .args(["--advertise", &self.wire.port.to_string()])
+            .args(["--set", "producer.id.expiration.check.interval.ms=500"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
@@ -80,6 +81,17 @@ impl Node {
         panic!("Apache Kafka did not start: run tests/kafka/run by hand to see why");
     }
 
+    /// How long it remembers a producer that says nothing; none: as long as by default.
+    pub async fn remember_producers(&self, length: Option<Duration>) {
+        let (client, options) = admin(&self.brokers());
+        let length = length.map(|length| length.as_millis().to_string());
+        let broker = AlterConfig::new(ResourceSpecifier::Broker(1));
+        let change = length.iter().fold(broker, |change, length| change.set("producer.id.expiration.ms", length));
+        for changed in client.alter_configs([&change], &options).await.expect("an answer") {
+            changed.expect("changed");
+        }
+    }
+
     /// Kills it, as a power cut would.
     pub async fn kill(&mut self) {
         let Some((mut child, pid)) = self.process.take() else { return };
@@ -94,7 +106,7 @@ fn admin(brokers: &str) -> (AdminClient<DefaultClientContext>, AdminOptions) {
     (client, AdminOptions::new().operation_timeout(Some(Duration::from_secs(20))))
 }
 
-/// Makes topics of four partitions.
+/// Makes topics of four partitions, each as often copied as the cluster does by default.
 pub async fn create_topics(brokers: &str, names: &[String], settings: &[(&str, &str)]) {
     let (client, options) = admin(brokers);
     let topics: Vec<_> = names
@@ -102,7 +114,7 @@ pub async fn create_topics(brokers: &str, names: &[String], settings: &[(&str, &
         .map(|name| {
             settings
                 .iter()
-                .fold(NewTopic::new(name, 4, TopicReplication::Fixed(1)), |topic, (key, value)| topic.set(key, value))
+                .fold(NewTopic::new(name, 4, TopicReplication::Fixed(-1)), |topic, (key, value)| topic.set(key, value))
         })
         .collect();
     for created in client.create_topics(&topics, &options).await.expect("topics") {

@@ -4,7 +4,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -15,10 +15,12 @@ use tokio::{
         TcpListener, TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
-    sync::watch,
+    sync::{mpsc, watch},
     time::sleep,
 };
 use tokio_util::task::AbortOnDropHandle;
+
+use crate::refusal;
 
 /// What the wire does.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -39,12 +41,16 @@ pub enum Wire {
     CommitLost,
     /// A COMMIT reaches the server, and its answer is lost.
     AnswerLost,
+    /// On connections that are made now, the first Produce request of each partition, and the first after so long
+    /// a rest, is refused by Kafka's protocol while the second is taken.
+    FirstRefused(Duration),
 }
 
 /// A listening proxy. It ends with this value.
 pub struct Proxy {
     pub port: u16,
     wire: watch::Sender<(u64, Wire)>,
+    refused: Arc<AtomicU64>,
     _listening: AbortOnDropHandle<()>,
 }
 
@@ -58,12 +64,19 @@ impl Proxy {
 
     fn on(listener: TcpListener, port: u16, target: Arc<String>) -> Self {
         let (wire, state) = watch::channel((0, Wire::Whole));
+        let refused = Arc::new(AtomicU64::new(0));
+        let count = refused.clone();
         let listening = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(connect(client, target.clone(), state.clone()));
+                tokio::spawn(connect(client, target.clone(), state.clone(), count.clone()));
             }
         });
-        Self { port, wire, _listening: AbortOnDropHandle::new(listening) }
+        Self { port, wire, refused, _listening: AbortOnDropHandle::new(listening) }
+    }
+
+    /// How many requests were refused for [`Wire::FirstRefused`].
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::SeqCst)
     }
 
     pub fn set(&self, wire: Wire) {
@@ -78,7 +91,7 @@ impl Proxy {
     }
 }
 
-async fn connect(client: TcpStream, target: Arc<String>, state: watch::Receiver<(u64, Wire)>) {
+async fn connect(client: TcpStream, target: Arc<String>, state: watch::Receiver<(u64, Wire)>, refused: Arc<AtomicU64>) {
     let (born, wire) = *state.borrow();
     if wire == Wire::Cut {
         return;
@@ -86,6 +99,14 @@ async fn connect(client: TcpStream, target: Arc<String>, state: watch::Receiver<
     let Ok(server) = TcpStream::connect(target.as_str()).await else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
+    if let Wire::FirstRefused(rest) = wire {
+        let (refuse, refusals) = mpsc::unbounded_channel();
+        tokio::select! {
+            _ = refusal::pass_requests(from_client, to_server, refuse, rest) => {}
+            _ = refusal::pass_responses(from_server, to_client, refusals, &refused) => {}
+        }
+        return;
+    }
     let muted = Arc::new(AtomicBool::new(false));
     let up = Way { state: state.clone(), born, to_server: true, muted: muted.clone() };
     let down = Way { state, born, to_server: false, muted };

@@ -10,7 +10,7 @@ use crate::{
     fleet::{Fleet, Wishes},
     keeper::Keeper,
     node::{self, Node},
-    proxy::Wire,
+    proxy::{Proxy, Wire},
     stage::Stage,
 };
 
@@ -28,6 +28,13 @@ pub fn scenarios() -> Vec<Scenario> {
         scenario!("fenced: a broker that comes back slow", "one probe, and everything again", back_slow)
             .on_own_broker(),
         scenario!("fenced: a slow broker", "every packet late", slow).on_own_broker(),
+        scenario!("the first request refused, the second taken", "by a broker that is becoming leader", first_refused)
+            .on_own_broker(),
+        scenario!("fenced: the first request refused, the second taken", "in one transaction", first_refused)
+            .on_own_broker(),
+        scenario!("a producer forgotten by its broker", "the same after a rest", forgotten).on_own_broker(),
+        scenario!("bootstrap addresses that lead nowhere", "beside a good one", dead_addresses),
+        scenario!("no bootstrap address leads anywhere", "for a while, from the start on", no_address),
         scenario!("a topic that is not there yet", "the others go on; made later, it gets all", missing_topic),
         scenario!("a topic deleted and made anew", "under load", deleted_topic),
     ]
@@ -129,6 +136,79 @@ async fn back_slow(mut stage: Stage) -> Verdict {
     // of them than are out while anybody waits, however long the rest of the form.
     fleet.load(&[&all], stage.many(8), (8, stage.many(60).min(240)), harm).await;
     finish(fleet, all).await
+}
+
+/// The client holds that what it sent before is there as well, and says so without an offset.
+async fn first_refused(stage: Stage) -> Verdict {
+    let node = node::node().await;
+    node.wire.set(Wire::FirstRefused(Duration::from_secs(3600)));
+    let before = node.wire.refused();
+    let (fleet, all) = start(&stage, &node).await;
+    fleet.disturbed();
+    fleet.load(&[&all], stage.many(8), (KEYS, stage.many(6)), async {}).await;
+    refused(&node, before, finish(fleet, all).await)
+}
+
+/// A broker that has forgotten a producer takes any of its requests for the first.
+async fn forgotten(stage: Stage) -> Verdict {
+    let node = node::node().await;
+    node.remember_producers(Some(Duration::from_secs(1))).await;
+    node.wire.set(Wire::FirstRefused(Duration::from_secs(3)));
+    let (fleet, all) = start(&stage, &node).await;
+    (0..3).for_each(|_| fleet.disturbed());
+    let mut before = 0;
+    for _ in 0..3 {
+        before = node.wire.refused();
+        fleet.load(&[&all], 2, (KEYS, stage.many(4)), async {}).await;
+        fleet.until_count("select count(*) from outbox", 0, PATIENCE).await;
+        sleep(Duration::from_secs(4)).await;
+    }
+    let verdict = refused(&node, before, finish(fleet, all).await);
+    node.remember_producers(None).await;
+    verdict
+}
+
+/// Many, so that the next message of a partition is under way before the one before is acknowledged.
+const KEYS: usize = 60;
+
+fn refused(node: &Node, before: u64, mut verdict: Verdict) -> Verdict {
+    let count = node.wire.refused() - before;
+    verdict.measured.push(format!("{count} requests refused"));
+    if count == 0 {
+        verdict.findings.push("no second request came while the first was held: nothing was proven".to_owned());
+    }
+    verdict
+}
+
+async fn dead_addresses(stage: Stage) -> Verdict {
+    let mut fleet = Fleet::new(&stage, Wishes::default()).await;
+    let dead = [dead_address(), dead_address()].join(",");
+    fleet.set("KAFKA_BROKERS", format!("{dead},{}", fleet.brokers));
+    let all = fleet.all_roles().await;
+    fleet.load(&[&all], stage.many(6), (8, stage.many(10)), async {}).await;
+    finish(fleet, all).await
+}
+
+async fn no_address(mut stage: Stage) -> Verdict {
+    let mut fleet = Fleet::new(&stage, Wishes::default()).await;
+    let wire = Proxy::to(fleet.brokers.clone()).await;
+    wire.set(Wire::Cut);
+    fleet.set("KAFKA_BROKERS", format!("{},127.0.0.1:{}", dead_address(), wire.port));
+    let all = fleet.all_roles().await;
+    let length = stage.millis(4000, 8000);
+    fleet
+        .load(&[&all], stage.many(6), (8, stage.many(10)), async {
+            sleep(length).await;
+            wire.set(Wire::Whole);
+        })
+        .await;
+    finish(fleet, all).await
+}
+
+/// Nobody listens there.
+fn dead_address() -> String {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").and_then(|taken| taken.local_addr()).expect("a port");
+    taken.to_string()
 }
 
 async fn missing_topic(stage: Stage) -> Verdict {

@@ -2,6 +2,7 @@
 
 mod answers;
 mod brokers;
+mod cluster;
 mod databases;
 mod kills;
 mod poison;
@@ -19,6 +20,8 @@ pub struct Scenario {
     pub name: &'static str,
     pub about: &'static str,
     pub lane: Lane,
+    /// Played with `--full`, or when it is named.
+    pub rare: bool,
     pub play: fn(Stage) -> BoxFuture<'static, Verdict>,
 }
 
@@ -29,11 +32,23 @@ pub enum Lane {
     Shared,
     /// The Kafka that may be harmed.
     OwnBroker,
+    /// The three of them.
+    Cluster,
 }
 
 impl Scenario {
     const fn new(name: &'static str, about: &'static str, play: fn(Stage) -> BoxFuture<'static, Verdict>) -> Self {
-        Self { name, about, lane: Lane::Shared, play }
+        Self { name, about, lane: Lane::Shared, rare: false, play }
+    }
+
+    const fn on_cluster(mut self) -> Self {
+        self.lane = Lane::Cluster;
+        self
+    }
+
+    const fn rare(mut self) -> Self {
+        self.rare = true;
+        self
     }
 
     const fn on_own_broker(mut self) -> Self {
@@ -47,6 +62,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
     static ALL: LazyLock<Vec<Scenario>> = LazyLock::new(|| {
         // The slow ones first, so that they run beside the others.
         [
+            cluster::scenarios(),
             brokers::scenarios(),
             databases::scenarios(),
             relays::scenarios(),
