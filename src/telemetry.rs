@@ -84,6 +84,10 @@ fn describe() {
         ),
         ("outbox_published_total", "Events the broker has acknowledged"),
         ("outbox_parked_total", "Events set aside because they can't be sent"),
+        (
+            "outbox_reports_without_position_total",
+            "Delivery reports that named no offset; their events were sent again",
+        ),
         ("outbox_fenced_writes_total", "Writes of a relay that had lost its lane; they had no effect"),
         ("outbox_leases_lost_total", "Times this relay found its lease taken"),
         ("outbox_worker_deaths_total", "Relay workers that panicked and were started again"),

@@ -8,6 +8,8 @@ use serde_json::value::RawValue;
 use sqlx::{PgConnection, types::Json};
 use uuid::Uuid;
 
+use crate::position::Position;
+
 /// A row that is not out yet, with what is known of its key.
 #[derive(Debug, Clone, sqlx::FromRow)]
 pub(crate) struct PendingRow {
@@ -46,8 +48,7 @@ impl PendingRow {
 pub(crate) struct SentRow {
     pub id: i64,
     pub lane: i16,
-    pub partition: i32,
-    pub offset: i64,
+    pub position: Position,
 }
 
 /// A lane and the term under which it is owned.
@@ -200,8 +201,8 @@ pub(crate) async fn finish(
     .bind(terms.iter().map(|t| t.term).collect::<Vec<_>>())
     .bind(sent.iter().map(|s| s.id).collect::<Vec<_>>())
     .bind(sent.iter().map(|s| s.lane).collect::<Vec<_>>())
-    .bind(sent.iter().map(|s| s.partition).collect::<Vec<_>>())
-    .bind(sent.iter().map(|s| s.offset).collect::<Vec<_>>())
+    .bind(sent.iter().map(|s| s.position.partition()).collect::<Vec<_>>())
+    .bind(sent.iter().map(|s| s.position.offset()).collect::<Vec<_>>())
     .fetch_all(conn)
     .await?;
     Ok(Finished { xid: moved.first().map(|&(_, xid)| xid), ids: moved.into_iter().map(|(id, _)| id).collect() })

@@ -13,6 +13,9 @@ pub enum Fault {
     Broker,
     /// The producer is dead for good and has to be built anew.
     Producer,
+    /// The client reports success, but names no position in the log: the message may be there or not. It is
+    /// sent again. The broker is at fault, but it is there and answers, so nobody else has to wait.
+    NoPosition,
 }
 
 impl Fault {
@@ -23,6 +26,7 @@ impl Fault {
             Fault::Topic => "topic",
             Fault::Broker => "broker",
             Fault::Producer => "producer",
+            Fault::NoPosition => "no_position",
         }
     }
 }

@@ -3,7 +3,8 @@
 //! # Guarantees
 //!
 //! - A message whose transaction committed reaches Kafka at least once, whatever dies in between.
-//!   Every copy has the same message id (`ce_id`).
+//!   Every copy has the same message id (`ce_id`). A message counts as published when the broker has named
+//!   its offset; a report of success without one is no acknowledgement, and the message is sent again.
 //! - First occurrences of one key stand in Kafka in the order their transactions committed, however
 //!   many relays run, and also when one of them was frozen past its lease and goes on. The order is
 //!   numbered (`aggregate-seq`, from 1, without a gap) and checked: message n+1 is refused while n
@@ -37,8 +38,8 @@
 //!   those who write.
 //! - [`Relay`] (`relay`: processes and workers; `worker`: one step, `worker::fencing` what it does behind a
 //!   fence; `window`: what may be sent now, pure; `lanes`: who owns what; `delivery`, `parking`: the SQL of it;
-//!   `publisher`: Kafka).
-//! - `fault`, `breaker`, `holds`, `low_marks`: small pure decisions.
+//!   `publisher`: Kafka; `position`: where a message stands there).
+//! - `fault`, `position`, `breaker`, `holds`, `low_marks`: small pure decisions.
 //! - [`archive`], [`replay()`], [`admin`], [`verify`]: for those who operate, and for those who audit.
 //! - [`inbox`], [`headers`]: the receiving side.
 //! - [`supervisor`]: long-running tasks that are started again when they fail.
@@ -64,6 +65,7 @@ mod message;
 mod model;
 mod outbox;
 mod parking;
+mod position;
 mod publisher;
 mod relay;
 mod replay;

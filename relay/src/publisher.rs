@@ -18,7 +18,7 @@ use serde::{
 };
 use tokio::{sync::mpsc, task::JoinSet};
 
-use crate::{delivery::PendingRow, fault::Fault};
+use crate::{delivery::PendingRow, fault::Fault, position::Position};
 
 /// How a message reaches Kafka; the parts an operator may set.
 #[derive(Debug, Clone)]
@@ -81,14 +81,7 @@ pub(crate) struct Report {
     pub row_id: i64,
     /// As given with the message.
     pub reign: u64,
-    pub result: Result<Place, Failure>,
-}
-
-/// Where a message stands in Kafka.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Place {
-    pub partition: i32,
-    pub offset: i64,
+    pub result: Result<Position, Failure>,
 }
 
 /// A failure, classified, with the client's own words.
@@ -316,7 +309,13 @@ impl ProducerContext for Reports {
     fn delivery(&self, result: &DeliveryResult<'_>, opaque: Box<(i64, u64)>) {
         let (row_id, reign) = *opaque;
         let result = match result {
-            Ok(message) => Ok(Place { partition: message.partition(), offset: message.offset() }),
+            Ok(message) => {
+                let (partition, offset) = (message.partition(), message.offset());
+                Position::new(partition, offset).ok_or_else(|| Failure {
+                    fault: Fault::NoPosition,
+                    reason: format!("reported as delivered to partition {partition} without an offset ({offset})"),
+                })
+            }
             Err((error, _)) => Err(Failure::from(error)),
         };
         // The receiver is gone only when the worker is: nobody is left to tell.
@@ -344,6 +343,9 @@ fn classify(error: &KafkaError) -> Fault {
         _ => Fault::Broker,
     }
 }
+
+#[cfg(test)]
+mod implicit_acknowledgement;
 
 #[cfg(test)]
 mod tests {

@@ -10,6 +10,7 @@ use crate::{
     lanes::{LeaseKeeper, Ownership, Trusted},
     message::LANES,
     parking::{self, ParkCause},
+    position::Position,
 };
 
 /// Longer than any test.
@@ -62,7 +63,7 @@ impl Courier {
             if rows.is_empty() {
                 return Ok(delivered);
             }
-            let sent: Vec<SentRow> = rows.iter().map(|row| self.sent(row)).collect();
+            let sent: Vec<SentRow> = rows.iter().filter_map(|row| self.sent(row)).collect();
             let archived = delivery::finish(conn, trusted.relay_id, &terms, &sent).await?;
             if archived.ids.len() < rows.len() {
                 return Err(somebody_else());
@@ -92,10 +93,10 @@ impl Courier {
         trusted.filter(|trusted| trusted.lanes.len() == LANES as usize).ok_or_else(somebody_else)
     }
 
-    fn sent(&mut self, row: &PendingRow) -> SentRow {
-        let offset = self.next_offset;
+    fn sent(&mut self, row: &PendingRow) -> Option<SentRow> {
+        let position = Position::new(0, self.next_offset)?;
         self.next_offset += 1;
-        SentRow { id: row.id, lane: row.lane, partition: 0, offset }
+        Some(SentRow { id: row.id, lane: row.lane, position })
     }
 }
 

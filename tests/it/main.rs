@@ -18,6 +18,7 @@ mod registration;
 mod relay;
 mod relay_deaths;
 mod relay_fencing;
+mod relay_implicit_acknowledgement;
 mod relay_parked;
 mod relay_replay;
 mod replicas;

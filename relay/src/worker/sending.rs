@@ -11,10 +11,14 @@ use crate::{
     fault::Fault,
     fault_points,
     lanes::Trusted,
+    logging::Throttle,
     parking::ParkCause,
     publisher::{Failure, NotEnqueued, Report},
     relay::jitter,
 };
+
+/// Reports without a position, as lines of the log.
+static NO_POSITION: Throttle = Throttle::new();
 
 impl Worker {
     /// Sends all that may be sent now. The lease is looked at before each message: a process that was frozen
@@ -85,7 +89,7 @@ impl Worker {
             return None;
         }
         match report.result {
-            Ok(place) => {
+            Ok(position) => {
                 let row = self.window.acknowledged(report.row_id)?;
                 fault_points::reached("relay::acknowledged");
                 let dwell = (chrono::Utc::now() - row.created_at).as_seconds_f64();
@@ -95,12 +99,7 @@ impl Worker {
                     // What was passed over meanwhile may lie below the marks.
                     self.marks.reset(Instant::now());
                 }
-                self.sent.push(SentRow {
-                    id: row.id,
-                    lane: row.lane,
-                    partition: place.partition,
-                    offset: place.offset,
-                });
+                self.sent.push(SentRow { id: row.id, lane: row.lane, position });
                 Some(true)
             }
             Err(failure) => {
@@ -144,6 +143,19 @@ impl Worker {
                 }
             }
             Fault::Producer => self.replace_producer(&failure.reason),
+            Fault::NoPosition => {
+                self.keys.hold(&row.key, now);
+                metrics::counter!("outbox_reports_without_position_total").increment(1);
+                if let Some(line) = NO_POSITION.occurred(()) {
+                    tracing::warn!(
+                        worker = self.index,
+                        topic = row.topic,
+                        reason = failure.reason,
+                        left_out = line.left_out,
+                        "a message may not be in Kafka although the client says so; sending it again"
+                    );
+                }
+            }
         }
     }
 
