@@ -36,6 +36,11 @@ impl Holds {
         }
     }
 
+    /// Whether it is on hold, or was a moment ago.
+    pub(crate) fn remembers(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     /// A message got through: forget that there was trouble. `true` when it ends a wait.
     pub(crate) fn release(&mut self, name: &str) -> bool {
         !self.0.is_empty() && self.0.remove(name).is_some_and(|hold| !hold.over)

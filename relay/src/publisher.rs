@@ -8,6 +8,7 @@ use std::{borrow::Cow, fmt, time::Duration};
 
 use rdkafka::{
     ClientConfig, ClientContext, Message,
+    config::RDKafkaLogLevel,
     error::{KafkaError, RDKafkaErrorCode as Code},
     message::{DeliveryResult, Header, OwnedHeaders},
     producer::{BaseRecord, Producer, ProducerContext, PurgeConfig, ThreadedProducer},
@@ -18,7 +19,12 @@ use serde::{
 };
 use tokio::{sync::mpsc, task::JoinSet};
 
-use crate::{delivery::PendingRow, fault::Fault, position::Position};
+use crate::{
+    delivery::PendingRow,
+    fault::Fault,
+    logging::{Throttle, truncated},
+    position::Position,
+};
 
 /// How a message reaches Kafka; the parts an operator may set.
 #[derive(Debug, Clone)]
@@ -150,7 +156,10 @@ impl Publisher {
             .set("reconnect.backoff.ms", "50")
             .set("reconnect.backoff.max.ms", "1000")
             .set("socket.keepalive.enable", "true")
-            .set("statistics.interval.ms", "0");
+            .set("statistics.interval.ms", "0")
+            // Brokers that moved to other addresses are found by asking the configured ones again.
+            .set("metadata.recovery.strategy", "rebootstrap");
+        config.set_log_level(RDKafkaLogLevel::Warning);
         if let Some(name) = fence {
             config
                 .set("transactional.id", name)
@@ -294,12 +303,38 @@ pub(crate) fn refused(error: KafkaError) -> PublisherError {
     }
 }
 
+/// What the producers of this process say of themselves. Shared: a broker that is away is one fault, however many
+/// producers notice it.
+static CLIENT_LINES: Throttle<String> = Throttle::new();
+
+/// A message got through after none did: what the client said before is over.
+pub(crate) fn recovered() {
+    if let Some(over) = CLIENT_LINES.recovered() {
+        let (lines, seconds) = (over.occurrences, over.lasted.as_secs());
+        tracing::info!(lines, seconds, "Kafka takes messages again");
+    }
+}
+
 /// Passes delivery reports from the client's thread to the worker.
 struct Reports(mpsc::UnboundedSender<Report>);
 
 impl ClientContext for Reports {
+    /// The client logs it too.
     fn error(&self, error: KafkaError, reason: &str) {
-        tracing::warn!(kafka.error = %error, "kafka producer: {reason}");
+        tracing::debug!(kafka.error = %error, "kafka producer: {}", truncated(reason));
+    }
+
+    /// One line a minute for each of the client's kinds of lines: without brokers it has hundreds.
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        let Some(line) = CLIENT_LINES.occurred(facility.to_owned()) else { return };
+        let (text, left_out) = (truncated(text), line.left_out);
+        match level {
+            RDKafkaLogLevel::Debug => tracing::debug!(target: "librdkafka", facility, "{text}"),
+            RDKafkaLogLevel::Info | RDKafkaLogLevel::Notice => {
+                tracing::info!(target: "librdkafka", facility, left_out, "{text}");
+            }
+            _ => tracing::warn!(target: "librdkafka", facility, left_out, "{text}"),
+        }
     }
 }
 

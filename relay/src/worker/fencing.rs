@@ -13,7 +13,7 @@
 //! A batch is a transaction, and consumers read what is committed. One that did not come off is aborted
 //! and its rows are read again. Where even that fails, the fence is raised anew, which settles it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::time::timeout_at;
 
@@ -25,6 +25,9 @@ use crate::{
     lanes::{self, Trusted},
     relay::jitter,
 };
+
+/// A fence that is not up after so long is an error: a leader's death and the sweep of its transactions are over.
+const FENCE_ALARM: Duration = Duration::from_secs(60);
 
 /// Where a worker stands with the broker. One that does not fence is always behind a fence that is up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,9 +61,12 @@ impl Worker {
         }
         let name = lanes::fence_name(&mut *self.pool.acquire().await?, self.index).await?;
         if let Err(reason) = self.raise_fence(&name).await {
-            tracing::warn!(worker = self.index, reason, "no fence at the broker yet; trying again");
+            self.no_fence(&name, &reason);
             self.breaker.failed(Instant::now(), jitter());
         } else {
+            self.fence_down_since = None;
+            self.fence_lines.recovered();
+            metrics::gauge!("outbox_fence_wait_seconds", "worker" => self.index.to_string()).set(0.0);
             let terms: Vec<LaneTerm> = trusted.lanes.keys().filter_map(|&lane| trusted.term(lane)).collect();
             let mut conn = self.pool.acquire().await?;
             let lost = delivery::lost(&mut conn, trusted.relay_id, &terms).await?;
@@ -83,6 +89,28 @@ impl Worker {
         tracing::info!(worker = self.index, fence = name, "fence raised");
         metrics::counter!("outbox_fences_raised_total").increment(1);
         Ok(())
+    }
+
+    /// The broker ends the last transaction of the name first, and says CONCURRENT_TRANSACTIONS until then. That takes
+    /// as long as a partition of it has no leader; a fault of the broker can make it last for ever, and then
+    /// nothing but an operator helps.
+    fn no_fence(&mut self, name: &str, reason: &str) {
+        let waited = self.fence_down_since.get_or_insert_with(Instant::now).elapsed();
+        metrics::gauge!("outbox_fence_wait_seconds", "worker" => self.index.to_string()).set(waited.as_secs_f64());
+        let Some(line) = self.fence_lines.occurred(()) else { return };
+        let (worker, seconds, left_out) = (self.index, waited.as_secs(), line.left_out);
+        if waited < FENCE_ALARM {
+            tracing::warn!(worker, reason, left_out, "no fence at the broker yet; trying again");
+        } else {
+            tracing::error!(
+                worker,
+                reason,
+                seconds,
+                left_out,
+                "the broker does not end the last transaction of {name}; nothing of its lanes is published. Look at it \
+                 with `kafka-transactions.sh describe --transactional-id {name}`, and at partitions without a leader"
+            );
+        }
     }
 
     /// Whether a message may be sent now; the first one opens a transaction.
@@ -130,7 +158,7 @@ impl Worker {
         fault_points::reached("relay::settled");
         self.fence = Fence::Up;
         // Who commits is there, and need not have said so while reports were collected.
-        self.breaker.succeeded();
+        self.broker_answers();
         let mut delivered = 0;
         while self.window.in_flight() > 0
             && let Ok(Some(report)) = timeout_at(trusted.until.into(), self.publisher.report()).await

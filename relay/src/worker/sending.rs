@@ -13,7 +13,7 @@ use crate::{
     lanes::Trusted,
     logging::Throttle,
     parking::ParkCause,
-    publisher::{Failure, NotEnqueued, Report},
+    publisher::{self, Failure, NotEnqueued, Report},
     relay::jitter,
 };
 
@@ -71,7 +71,7 @@ impl Worker {
             }
         }
         if delivered > 0 {
-            self.breaker.succeeded();
+            self.broker_answers();
         } else if failed > 0 {
             self.breaker.failed(Instant::now(), jitter());
             self.marks.reset(Instant::now());
@@ -79,6 +79,13 @@ impl Worker {
         metrics::counter!("outbox_published_total").increment(delivered);
         metrics::gauge!("outbox_breaker_open", "worker" => self.index.to_string())
             .set(f64::from(u8::from(self.breaker.is_open())));
+    }
+
+    pub(super) fn broker_answers(&mut self) {
+        if self.breaker.is_open() {
+            publisher::recovered();
+        }
+        self.breaker.succeeded();
     }
 
     /// Takes one report in. `Some(true)`: the broker has the row; `Some(false)`: the broker or the
@@ -95,6 +102,11 @@ impl Worker {
                 let dwell = (chrono::Utc::now() - row.created_at).as_seconds_f64();
                 metrics::histogram!("outbox_dwell_seconds").record(dwell.max(0.0));
                 self.refused.remove(&row.id);
+                if self.topics.remembers(&row.topic)
+                    && let Some(over) = self.topic_lines.recovered()
+                {
+                    tracing::info!(topic = row.topic, seconds = over.lasted.as_secs(), "topic takes messages again");
+                }
                 if self.keys.release(&row.key) | self.topics.release(&row.topic) {
                     // What was passed over meanwhile may lie below the marks.
                     self.marks.reset(Instant::now());
@@ -129,11 +141,15 @@ impl Worker {
                 self.unsendable.push((row, ParkCause::Unsendable(failure.reason)));
             }
             Fault::Topic => {
-                if self.topics.hold(&row.topic, now) {
+                self.topics.hold(&row.topic, now);
+                if let Some(line) = self.topic_lines.occurred(row.topic.clone()) {
                     tracing::warn!(
                         topic = row.topic,
                         reason = failure.reason,
-                        "topic paused: create it, or allow this client to write to it"
+                        seconds = line.lasted.as_secs(),
+                        left_out = line.left_out,
+                        "topic paused: create it, or allow this client to write to it. Later events of the keys \
+                         concerned wait, also those of other topics: the order of the key demands it"
                     );
                 }
             }
