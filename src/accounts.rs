@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::{
     app::App,
-    db::{self, users},
+    db::users,
     domain::{User, UserId},
 };
 
@@ -33,12 +33,12 @@ pub struct RequestContext {
 
 /// The user with this id.
 pub async fn get_account(app: &App, id: UserId) -> Result<Option<User>, sqlx::Error> {
-    db::on(&app.db, async |conn| users::find(conn, id).await).await
+    app.db.run(move |conn| Box::pin(users::find(conn, id))).await
 }
 
 /// Notes that the user's address is its own. Repeated, it changes nothing.
 pub async fn mark_verified(app: &App, id: UserId) -> Result<Option<User>, sqlx::Error> {
-    db::on(&app.db, async |conn| users::mark_verified(conn, id).await).await
+    app.db.run(move |conn| Box::pin(users::mark_verified(conn, id))).await
 }
 
 /// The create saga has completed, in whose transaction this runs. `false` when the user is not

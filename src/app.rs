@@ -12,9 +12,8 @@ use std::{
 
 use anyhow::Context;
 use metrics_exporter_prometheus::PrometheusHandle;
-use outbox_relay::{KafkaSettings, Relay, RelaySettings, Wake};
+use outbox_relay::{Database, KafkaSettings, PoolSettings, Relay, RelaySettings, Wake};
 use saga_orchestrator::{ConsumerSettings, Definition, Orchestrator, SagaSettings, flows::create_user};
-use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::net::TcpListener;
 use tokio_util::task::TaskTracker;
 
@@ -22,7 +21,7 @@ use crate::{
     admin,
     config::Config,
     crypto::{Hasher, TokenSigner},
-    grpc,
+    db, grpc,
     health::Health,
     housekeeping, http, migrations,
     participants::Participants,
@@ -45,7 +44,7 @@ pub struct Shared {
     /// The configuration.
     pub config: Config,
     /// For requests, sagas and housekeeping; the relay has a pool of its own.
-    pub db: PgPool,
+    pub db: Database,
     /// The bounded bcrypt pool.
     pub hasher: Hasher,
     /// Signs and verifies tokens.
@@ -137,10 +136,7 @@ pub struct Running {
 
 impl App {
     fn build(config: Config, metrics: PrometheusHandle) -> anyhow::Result<Self> {
-        let db = PgPoolOptions::new()
-            .max_connections(config.database.pool_size)
-            .acquire_timeout(config.database.acquire_timeout)
-            .connect_lazy_with(config.database.options.clone());
+        let db = db::pool(&config.database);
         let client = config.sagas.user_service_url.as_deref().map(UserServiceClient::new).transpose();
         let client = client.context("USER_SERVICE_GRPC_URL")?;
         let settings = SagaSettings {
@@ -169,13 +165,15 @@ impl App {
     }
 
     /// A pool for the relay alone.
-    fn relay_pool(&self) -> PgPool {
+    fn relay_pool(&self) -> Database {
         let options =
             self.config.database.options.clone().options(outbox_relay::SESSION).options([("statement_timeout", "30s")]);
-        PgPoolOptions::new()
-            .max_connections(self.config.relay.pool_size)
-            .acquire_timeout(self.config.database.acquire_timeout)
-            .connect_lazy_with(options)
+        let settings = PoolSettings {
+            connections: self.config.relay.pool_size,
+            acquire_timeout: self.config.database.acquire_timeout,
+            work_timeout: self.config.relay.lease,
+        };
+        Database::new(options, settings)
     }
 
     fn relay(&self) -> Relay {
@@ -257,11 +255,7 @@ pub async fn start(config: Config, roles: &BTreeSet<Role>, metrics: PrometheusHa
 
 /// A schema that is behind is an error of the deployment and said at once.
 async fn check_schema(app: &App) -> anyhow::Result<()> {
-    let current = async {
-        let mut conn = app.db.acquire().await?;
-        migrations::is_current(&mut conn).await
-    };
-    match current.await {
+    match app.db.run(|conn| Box::pin(migrations::is_current(conn))).await {
         Ok(true) => Ok(()),
         Ok(false) => anyhow::bail!("the database's schema is behind this program: run `auth-service migrate` first"),
         Err(error) => {

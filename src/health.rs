@@ -8,7 +8,7 @@ use std::{
 
 use tokio::time::timeout;
 
-use crate::{app::App, db, migrations};
+use crate::{app::App, migrations};
 
 /// A probe that waits longer is a probe that fails.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -29,6 +29,8 @@ pub enum Readiness {
     Draining,
     /// The database does not answer.
     DatabaseAway,
+    /// The database takes no writes: a standby, or a server that was demoted.
+    DatabaseReadOnly,
     /// The database has not been migrated yet.
     SchemaBehind,
 }
@@ -40,19 +42,24 @@ impl Health {
             return Readiness::Draining;
         }
         let known = self.schema_is_current.load(Ordering::Relaxed);
-        let asked = db::on(&app.db, async |conn| {
-            if known {
-                sqlx::query("select 1").execute(conn).await?;
-                return Ok(true);
-            }
-            migrations::is_current(conn).await
+        let asked = app.db.run(move |conn| {
+            Box::pin(async move {
+                let writable: bool = sqlx::query_scalar("select current_setting('transaction_read_only') = 'off'")
+                    .fetch_one(&mut *conn)
+                    .await?;
+                Ok::<_, sqlx::Error>((writable, known || migrations::is_current(conn).await?))
+            })
         });
         match timeout(PATIENCE, asked).await {
-            Ok(Ok(true)) => {
+            Ok(Ok((false, _))) => {
+                tracing::warn!("not ready: the database takes no writes");
+                Readiness::DatabaseReadOnly
+            }
+            Ok(Ok((true, true))) => {
                 self.schema_is_current.store(true, Ordering::Relaxed);
                 Readiness::Ready
             }
-            Ok(Ok(false)) => Readiness::SchemaBehind,
+            Ok(Ok((true, false))) => Readiness::SchemaBehind,
             Ok(Err(error)) => {
                 tracing::warn!(%error, "not ready: the database does not answer");
                 Readiness::DatabaseAway
@@ -71,6 +78,7 @@ impl fmt::Display for Readiness {
             Readiness::Ready => "ready",
             Readiness::Draining => "shutting down",
             Readiness::DatabaseAway => "the database does not answer",
+            Readiness::DatabaseReadOnly => "the database takes no writes",
             Readiness::SchemaBehind => "the database's schema is behind: run `auth-service migrate`",
         })
     }

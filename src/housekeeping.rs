@@ -4,11 +4,11 @@
 //! runs under a lock that only one process can hold, and says when it last succeeded. Nothing that a
 //! promise hangs on is left to it.
 
-use std::{future::Future, sync::Arc};
+use std::{future::Future, time::Duration};
 
 use chrono::Utc;
-use outbox_relay::{archive, inbox};
-use sqlx::PgConnection;
+use outbox_relay::{Work, archive, inbox};
+use sqlx::{Connection, PgConnection};
 use tokio_cron_scheduler::{Job, JobScheduler, JobSchedulerError};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -16,6 +16,9 @@ use crate::{app::App, db};
 
 /// Most rows a job deletes in one transaction: short enough not to hold anybody up.
 const BATCH: i64 = 1000;
+
+/// Longest run of a job. What is left is for the next one.
+const JOB_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
 /// Runs the jobs until `shutdown`, and waits for one that is under way.
 pub async fn run(app: App, shutdown: CancellationToken) -> Result<(), JobSchedulerError> {
@@ -59,23 +62,26 @@ where
 /// One run of a job, if no other process (and no earlier run here) is at it.
 async fn once<F, W>(app: App, name: &'static str, work: W)
 where
-    W: Fn(App) -> F,
-    F: Future<Output = Result<u64, sqlx::Error>>,
+    W: Fn(App) -> F + Send + 'static,
+    F: Future<Output = Result<u64, sqlx::Error>> + Send,
 {
-    let result = async {
-        // Held by a transaction, so that it ends with the connection and works behind a pooler.
-        let mut tx = app.db.begin().await?;
-        let free: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtext('housekeeping ' || $1))")
-            .bind(name)
-            .fetch_one(&mut *tx)
-            .await?;
-        if !free {
-            return Ok(None);
-        }
-        let done = work(app.clone()).await?;
-        tx.commit().await?;
-        Ok::<_, sqlx::Error>(Some(done))
-    };
+    let db = app.db.clone();
+    let result = db.run_within(JOB_TIMEOUT, move |conn| {
+        Box::pin(async move {
+            // Held by a transaction, so that it ends with the connection and works behind a pooler.
+            let mut tx = conn.begin().await?;
+            let free: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtext('housekeeping ' || $1))")
+                .bind(name)
+                .fetch_one(&mut *tx)
+                .await?;
+            if !free {
+                return Ok(None);
+            }
+            let done = work(app).await?;
+            tx.commit().await?;
+            Ok::<_, sqlx::Error>(Some(done))
+        })
+    });
     match result.await {
         Ok(Some(done)) => {
             tracing::info!(job = name, done, "housekeeping done");
@@ -92,29 +98,26 @@ where
 async fn keep_archive(app: App) -> Result<u64, sqlx::Error> {
     let now = Utc::now();
     let keep_from = now - app.config.retention.archive;
-    let mut conn = app.db.acquire().await?;
-    let upkeep = archive::keep_up(&mut conn, now.date_naive(), Some(keep_from)).await?;
+    let upkeep = app.db.run(move |conn| Box::pin(archive::keep_up(conn, now.date_naive(), Some(keep_from)))).await?;
     Ok((upkeep.made.len() + upkeep.dropped.len()) as u64)
 }
 
 async fn purge_sessions(app: App) -> Result<u64, sqlx::Error> {
-    let app = Arc::new(app);
-    in_batches(&app.clone(), async |conn| db::sessions::purge_ended(conn, BATCH).await).await
+    in_batches(&app, |conn| Box::pin(db::sessions::purge_ended(conn, BATCH))).await
 }
 
 async fn purge_inbox(app: App) -> Result<u64, sqlx::Error> {
     let keep = app.config.retention.inbox;
-    in_batches(&app, async move |conn| inbox::purge(conn, keep, BATCH).await).await
+    in_batches(&app, move |conn| Box::pin(inbox::purge(conn, keep, BATCH))).await
 }
 
 async fn in_batches(
     app: &App,
-    purge: impl AsyncFn(&mut PgConnection) -> Result<u64, sqlx::Error>,
+    purge: impl for<'c> Fn(&'c mut PgConnection) -> Work<'c, u64, sqlx::Error> + Copy + Send + 'static,
 ) -> Result<u64, sqlx::Error> {
     let mut total = 0;
     loop {
-        let mut conn = app.db.acquire().await?;
-        let purged = purge(&mut conn).await?;
+        let purged = app.db.run(purge).await?;
         total += purged;
         if purged < BATCH as u64 {
             return Ok(total);

@@ -23,10 +23,7 @@ use uuid::Uuid;
 use crate::{
     app::App,
     crypto::{SignedToken, TokenError, TokenSigner},
-    db::{
-        self,
-        sessions::{self, Found, NewSession, NewToken},
-    },
+    db::sessions::{self, Found, NewSession, NewToken},
     domain::{AccessClaims, Session, User, UserId, UserStatus},
 };
 use error::refused;
@@ -104,18 +101,21 @@ pub fn tokens(signer: &TokenSigner, user: &User, session: &Session) -> Result<To
 /// Replaces a refresh token by its successor.
 pub async fn refresh(app: &App, presented: &str) -> Result<Refreshed, SessionError> {
     let presented = Presented::read(&app.signer, presented)?;
-    let (found, reissued) = db::on(&app.db, async |conn| {
-        Ok(match presented.replace(conn, &app.signer).await? {
-            Some(found) => (Ok(found), false),
-            None => match look(conn, app, &presented).await? {
-                // Current, and yet it was not replaced: its last second has just gone by.
-                Ok(Good { current: true, .. }) => (Err(Over::Expired), false),
-                Ok(Good { found, .. }) => (Ok(found), true),
-                Err(over) => (Err(over), false),
-            },
+    let signer = app.signer.clone();
+    let replaced = app.db.run(move |conn| {
+        Box::pin(async move {
+            Ok::<_, sqlx::Error>(match presented.replace(conn, &signer).await? {
+                Some(found) => (Ok(found), false),
+                None => match look(conn, &signer, &presented).await? {
+                    // Current, and yet it was not replaced: its last second has just gone by.
+                    Ok(Good { current: true, .. }) => (Err(Over::Expired), false),
+                    Ok(Good { found, .. }) => (Ok(found), true),
+                    Err(over) => (Err(over), false),
+                },
+            })
         })
-    })
-    .await?;
+    });
+    let (found, reissued) = replaced.await?;
     let outcome = match &found {
         Ok(_) if reissued => "reissued",
         Ok(_) => "rotated",
@@ -131,7 +131,8 @@ pub async fn refresh(app: &App, presented: &str) -> Result<Refreshed, SessionErr
 /// successor.
 pub async fn access_from_refresh(app: &App, presented: &str) -> Result<(User, SignedToken), SessionError> {
     let presented = Presented::read(&app.signer, presented)?;
-    let found = db::on(&app.db, async |conn| look(conn, app, &presented).await).await?;
+    let signer = app.signer.clone();
+    let found = app.db.run(move |conn| Box::pin(async move { look(conn, &signer, &presented).await })).await?;
     let Found { session, user, .. } = found.map_err(SessionError::Over)?.found;
     let access = app.signer.sign_access(&user, &session, Utc::now()).map_err(SessionError::Signing)?;
     Ok((user, access))
@@ -140,7 +141,7 @@ pub async fn access_from_refresh(app: &App, presented: &str) -> Result<(User, Si
 /// Checks an access token, and that its session and user are still there.
 pub async fn validate(app: &App, access: &str) -> Result<Validated, SessionError> {
     let claims = app.signer.verify_access(access).map_err(refused)?;
-    let found = db::on(&app.db, async |conn| sessions::find(conn, claims.sid).await).await?;
+    let found = app.db.run(move |conn| Box::pin(sessions::find(conn, claims.sid))).await?;
     match found {
         // The session's own expiry is the refresh token's; this token has one of its own.
         Some(Found { session, user, .. })
@@ -164,34 +165,38 @@ pub async fn logout(
         Some(Err(_)) | None => None,
     };
     let claims = access.and_then(|token| app.signer.verify_access(token).ok());
-    let ended = db::on(&app.db, async |conn| {
-        let by_refresh = match &held {
-            Some(presented) => look(conn, app, presented).await?,
-            None => Err(Over::NoToken),
-        };
-        let by_access = match (&by_refresh, &claims) {
-            (Err(_), Some(claims)) => sessions::find(conn, claims.sid).await?,
-            _ => None,
-        };
-        let found = match by_refresh {
-            Ok(good) => good.found,
-            // Its session is over by now, which is what was asked for.
-            Err(Over::Reused) if scope == LogoutScope::This => return Ok(true),
-            Err(_) => match by_access {
-                Some(found) if found.session.revoked_at.is_none() => found,
-                _ => return Ok(false),
-            },
-        };
-        let (user_id, session_id) = (found.user.id, found.session.session_id);
-        match scope {
-            LogoutScope::This => sessions::revoke(conn, session_id, "logout").await?,
-            LogoutScope::Others => sessions::revoke_all(conn, user_id, Some(session_id), "logout of others").await? > 0,
-            LogoutScope::All => sessions::revoke_all(conn, user_id, None, "logout everywhere").await? > 0,
-        };
-        Ok(true)
-    })
-    .await?;
-    if ended { Ok(()) } else { Err(SessionError::Over(Over::NoToken)) }
+    let signer = app.signer.clone();
+    let ended = app.db.run(move |conn| {
+        Box::pin(async move {
+            let by_refresh = match &held {
+                Some(presented) => look(conn, &signer, presented).await?,
+                None => Err(Over::NoToken),
+            };
+            let by_access = match (&by_refresh, &claims) {
+                (Err(_), Some(claims)) => sessions::find(conn, claims.sid).await?,
+                _ => None,
+            };
+            let found = match by_refresh {
+                Ok(good) => good.found,
+                // Its session is over by now, which is what was asked for.
+                Err(Over::Reused) if scope == LogoutScope::This => return Ok::<_, sqlx::Error>(true),
+                Err(_) => match by_access {
+                    Some(found) if found.session.revoked_at.is_none() => found,
+                    _ => return Ok(false),
+                },
+            };
+            let (user_id, session_id) = (found.user.id, found.session.session_id);
+            match scope {
+                LogoutScope::This => sessions::revoke(conn, session_id, "logout").await?,
+                LogoutScope::Others => {
+                    sessions::revoke_all(conn, user_id, Some(session_id), "logout of others").await? > 0
+                }
+                LogoutScope::All => sessions::revoke_all(conn, user_id, None, "logout everywhere").await? > 0,
+            };
+            Ok(true)
+        })
+    });
+    if ended.await? { Ok(()) } else { Err(SessionError::Over(Over::NoToken)) }
 }
 
 /// Ends the session of a refresh token that a new sign-in takes the place of, in the caller's

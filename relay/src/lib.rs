@@ -40,6 +40,7 @@
 //!   fence; `window`: what may be sent now, pure; `lanes`: who owns what; `delivery`, `parking`: the SQL of it;
 //!   `publisher`: Kafka; `position`: where a message stands there).
 //! - `fault`, `position`, `breaker`, `holds`, `low_marks`: small pure decisions.
+//! - [`Database`] (`database`): the one way to a pooled connection, for the relay and for those who write.
 //! - [`archive`], [`replay()`], [`admin`], [`verify`]: for those who operate, and for those who audit.
 //! - [`inbox`], [`headers`]: the receiving side.
 //! - [`supervisor`]: long-running tasks that are started again when they fail.
@@ -51,6 +52,7 @@
 pub mod admin;
 pub mod archive;
 mod breaker;
+mod database;
 mod delivery;
 mod fault;
 pub mod fault_points;
@@ -77,6 +79,7 @@ mod wake;
 mod window;
 mod worker;
 
+pub use database::{Database, PoolSettings, Work, WorkError};
 pub use lanes::FENCES;
 pub use message::{LANES, NewMessage, lane_of};
 pub use outbox::{AppendError, Appended, ParkedOfSaga, Publication, append, parked_of_sagas, publications};

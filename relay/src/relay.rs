@@ -7,7 +7,6 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use sqlx::postgres::PgPool;
 use tokio::{
     sync::{Mutex, RwLock},
     time::sleep,
@@ -15,6 +14,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
+    database::Database,
     lanes::{FENCES, LeaseKeeper, Ownership},
     message::LANES,
     publisher::{KafkaSettings, Publisher, PublisherError},
@@ -83,7 +83,7 @@ impl RelaySettings {
 /// A relay: delivers what stands in the outbox until it is told to stop.
 pub struct Relay {
     settings: Arc<RelaySettings>,
-    pool: PgPool,
+    db: Database,
     wake: Wake,
     ownership: Ownership,
     /// See [`Worker`].
@@ -92,15 +92,16 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// `pool` is the relay's own, with the settings of [`SESSION`]: a storm of logins must not starve it, nor
-    /// it them. It holds one connection for listening, one per worker and one for the lease at the most.
-    pub fn new(pool: PgPool, mut settings: RelaySettings, wake: Wake) -> Self {
+    /// `db` is the relay's own, with the settings of [`SESSION`]: a storm of logins must not starve it, nor
+    /// it them. It lends one connection per worker and one for the lease at the most; listening takes another
+    /// one beside it.
+    pub fn new(db: Database, mut settings: RelaySettings, wake: Wake) -> Self {
         if settings.fencing {
             settings.workers = FENCES;
         }
         Self {
             settings: Arc::new(settings),
-            pool,
+            db,
             wake,
             ownership: Ownership::default(),
             trials: Arc::default(),
@@ -143,7 +144,7 @@ impl Relay {
             let start = {
                 let (relay, stop) = (relay.clone(), stop.clone());
                 move || {
-                    let listening = relay.wake.clone().listen(relay.pool.clone(), stop.clone());
+                    let listening = relay.wake.clone().listen(relay.db.clone(), stop.clone());
                     async {
                         listening.await;
                         Ok::<_, Infallible>(())
@@ -167,7 +168,7 @@ impl Relay {
         }
         keeper_stop.cancel();
         let _ = tokio::join!(keeping, listening);
-        resign(&keeper, &relay.pool).await;
+        resign(&keeper, &relay).await;
         Ok(())
     }
 }
@@ -183,7 +184,7 @@ async fn work(relay: Arc<Relay>, index: usize, shutdown: CancellationToken) -> R
     let worker = Worker::new(
         index,
         relay.settings.clone(),
-        relay.pool.clone(),
+        relay.db.clone(),
         relay.ownership.clone(),
         publisher,
         relay.wake.subscribe(),
@@ -191,11 +192,11 @@ async fn work(relay: Arc<Relay>, index: usize, shutdown: CancellationToken) -> R
     );
     let Err(failure) = spawn(worker.run(shutdown.clone())).await else { return Ok(()) };
     metrics::counter!("outbox_worker_deaths_total").increment(1);
-    if let Ok(mut conn) = relay.pool.acquire().await {
-        let accused = relay.ownership.accuse(&mut conn, index, relay.settings.workers, relay.settings.batch).await;
-        if let Err(error) = accused {
-            tracing::warn!(%error, "the suspicion could not be written down");
-        }
+    let (workers, batch) = (relay.settings.workers, relay.settings.batch);
+    let accused =
+        relay.db.lend(relay.settings.lease, async |conn| relay.ownership.accuse(conn, index, workers, batch).await);
+    if let Err(error) = accused.await {
+        tracing::warn!(%error, "the suspicion could not be written down");
     }
     Err(format!("{failure}; its lanes are under suspicion"))
 }
@@ -207,7 +208,12 @@ async fn keep_lease(
 ) -> Result<(), Infallible> {
     let every = relay.settings.lease / 4;
     while !stop.is_cancelled() {
-        if let Err(error) = renew(&mut *keeper.lock().await, &relay.pool, every).await {
+        let mut keeper = keeper.lock().await;
+        // A connection that has fallen silent is closed in time: the next round asks on another, while there is
+        // still some trust left.
+        let renewed = relay.db.lend(every, async |conn| keeper.tick(conn).await).await;
+        drop(keeper);
+        if let Err(error) = renewed {
             tracing::warn!(%error, "lease not renewed; trying again");
         }
         metrics::gauge!("outbox_lanes_owned").set(relay.ownership.count() as f64);
@@ -216,26 +222,11 @@ async fn keep_lease(
     Ok(())
 }
 
-async fn resign(keeper: &Mutex<LeaseKeeper>, pool: &PgPool) {
-    let resigned = async {
-        let mut conn = pool.acquire().await?;
-        keeper.lock().await.resign(&mut conn).await
-    };
+async fn resign(keeper: &Mutex<LeaseKeeper>, relay: &Relay) {
+    let mut keeper = keeper.lock().await;
+    let resigned = relay.db.lend(relay.settings.lease, async |conn| keeper.resign(conn).await);
     if let Err(error) = resigned.await {
         tracing::warn!(%error, "lanes not given back; others take them when the lease runs out");
-    }
-}
-
-/// One round. A connection that has fallen silent is thrown away: the next round asks on another,
-/// while there is still some trust left.
-async fn renew(keeper: &mut LeaseKeeper, pool: &PgPool, patience: Duration) -> Result<(), sqlx::Error> {
-    let mut conn = pool.acquire().await?;
-    match tokio::time::timeout(patience, keeper.tick(&mut conn)).await {
-        Ok(ticked) => ticked,
-        Err(_) => {
-            conn.close_on_drop();
-            Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into())
-        }
     }
 }
 

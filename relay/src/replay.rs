@@ -3,7 +3,7 @@
 //! them.
 
 use serde::Serialize;
-use sqlx::{Acquire, PgConnection};
+use sqlx::{Connection, PgConnection};
 
 use crate::message::lane_of;
 

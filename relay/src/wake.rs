@@ -7,9 +7,10 @@
 
 use std::time::Duration;
 
-use sqlx::postgres::{PgListener, PgPool};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+
+use crate::database::Database;
 
 const CHANNEL: &str = "outbox_wake";
 const COALESCE: Duration = Duration::from_millis(20);
@@ -43,12 +44,12 @@ impl Wake {
 
     /// Tells other processes of this one's commits, until `shutdown`. Run it wherever something is
     /// appended; it holds a pooled connection only for the moment of the NOTIFY.
-    pub async fn announce(self, pool: PgPool, shutdown: CancellationToken) {
+    pub async fn announce(self, db: Database, shutdown: CancellationToken) {
         let mut own = self.own.subscribe();
         let announcing = async {
             while own.changed().await.is_ok() {
-                let told = sqlx::query("select pg_notify($1, '')").bind(CHANNEL).execute(&pool).await;
-                if let Err(error) = told {
+                let told = db.run(|conn| Box::pin(sqlx::query("select pg_notify($1, '')").bind(CHANNEL).execute(conn)));
+                if let Err(error) = told.await {
                     tracing::debug!(%error, "other relays were not woken; their poll finds the rows");
                 }
                 tokio::time::sleep(COALESCE).await;
@@ -57,11 +58,11 @@ impl Wake {
         shutdown.run_until_cancelled(announcing).await;
     }
 
-    /// Listens to other processes, until `shutdown`. Holds one connection of `pool` for good.
-    pub(crate) async fn listen(self, pool: PgPool, shutdown: CancellationToken) {
+    /// Listens to other processes, until `shutdown`. Holds one connection for good.
+    pub(crate) async fn listen(self, db: Database, shutdown: CancellationToken) {
         let listening = async {
             loop {
-                if let Err(error) = self.listen_once(&pool).await {
+                if let Err(error) = self.listen_once(&db).await {
                     tracing::debug!(%error, "listening for wake-ups failed; polling meanwhile");
                 }
                 tokio::time::sleep(RETRY).await;
@@ -70,8 +71,8 @@ impl Wake {
         shutdown.run_until_cancelled(listening).await;
     }
 
-    async fn listen_once(&self, pool: &PgPool) -> Result<(), sqlx::Error> {
-        let mut listener = PgListener::connect_with(pool).await?;
+    async fn listen_once(&self, db: &Database) -> Result<(), sqlx::Error> {
+        let mut listener = db.listener().await?;
         listener.listen(CHANNEL).await?;
         loop {
             // `None` tells of a lost connection: what was said meanwhile was missed, so wake too.

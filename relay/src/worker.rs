@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sqlx::postgres::PgPool;
+use sqlx::PgConnection;
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -21,6 +21,7 @@ use uuid::Uuid;
 use self::fencing::Fence;
 use crate::{
     breaker::{Allowance, Breaker},
+    database::Database,
     delivery::{self, LaneTerm, PendingRow, SentRow},
     holds::Holds,
     lanes::{Ownership, Trusted},
@@ -35,8 +36,8 @@ use crate::{
 /// How long reports are collected before what is there is archived: long enough to archive many
 /// rows in one transaction, short enough not to show.
 const COLLECT: Duration = Duration::from_millis(20);
-/// Longest a step may take where the lease is shorter: a sweep under a held snapshot takes seconds.
-const STEP: Duration = Duration::from_secs(40);
+/// Longest a statement may take where the lease is shorter: a sweep under a held snapshot takes seconds.
+const SILENCE: Duration = Duration::from_secs(40);
 /// Between two looks whether the operator lets the relay go on.
 const PAUSED_REST: Duration = Duration::from_millis(100);
 /// Rest after the database failed.
@@ -47,7 +48,7 @@ const KILLS_TO_PARK: i16 = 2;
 pub(crate) struct Worker {
     index: usize,
     settings: Arc<RelaySettings>,
-    pool: PgPool,
+    db: Database,
     ownership: Ownership,
     publisher: Publisher,
     fence: Fence,
@@ -103,7 +104,7 @@ impl Worker {
     pub(crate) fn new(
         index: usize,
         settings: Arc<RelaySettings>,
-        pool: PgPool,
+        db: Database,
         ownership: Ownership,
         publisher: Publisher,
         wake: watch::Receiver<()>,
@@ -112,7 +113,7 @@ impl Worker {
         let now = Instant::now();
         Self {
             index,
-            pool,
+            db,
             ownership,
             publisher,
             fence: if settings.fencing { Fence::Down } else { Fence::Up },
@@ -161,7 +162,7 @@ impl Worker {
                     break;
                 }
             }
-            let rest_until = match self.step_in_time(stop_by.is_some()).await {
+            let rest_until = match self.step(stop_by.is_some()).await {
                 Ok(Outcome::Busy) => {
                     // Whatever keeps this loop busy must not keep the lease keeper from its turn.
                     tokio::task::yield_now().await;
@@ -194,17 +195,13 @@ impl Worker {
     }
 
     /// A database that has fallen silent must not keep lanes whose lease is renewed elsewhere: an
-    /// answer that does not come is an error. Dropped in its middle, a step loses nothing: rows stay
-    /// in the outbox until the archive has them, and what was read is read again.
-    async fn step_in_time(&mut self, stopping: bool) -> Result<Outcome, sqlx::Error> {
-        let patience = self.settings.lease.max(STEP);
-        match tokio::time::timeout(patience, self.step(stopping)).await {
-            Ok(outcome) => outcome,
-            Err(_) => {
-                self.marks.reset(Instant::now());
-                Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into())
-            }
-        }
+    /// answer that does not come is an error. Nothing is lost by it: rows stay in the outbox until the
+    /// archive has them, and what was read is read again.
+    async fn with_connection<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, sqlx::Error> {
+        self.db.lend(self.settings.lease.max(SILENCE), work).await
     }
 
     async fn step(&mut self, stopping: bool) -> Result<Outcome, sqlx::Error> {
@@ -281,8 +278,7 @@ impl Worker {
     /// now must not park it for that.
     async fn acquit(&mut self) -> Result<(), sqlx::Error> {
         while let Some(&row_id) = self.acquitted.last() {
-            let mut conn = self.pool.acquire().await?;
-            delivery::acquit(&mut conn, row_id).await?;
+            self.with_connection(async |conn| delivery::acquit(conn, row_id).await).await?;
             self.acquitted.pop();
         }
         Ok(())
@@ -319,9 +315,9 @@ impl Worker {
     async fn hand_over_drained(&mut self, trusted: &Trusted) -> Result<(), sqlx::Error> {
         for (&lane, held) in trusted.lanes.iter().filter(|(_, held)| held.draining) {
             if self.window.len_of_lane(lane) == 0 {
-                let mut conn = self.pool.acquire().await?;
                 let lane = LaneTerm { lane, term: held.term };
-                self.ownership.hand_over(&mut conn, trusted.relay_id, lane).await?;
+                let ownership = &self.ownership;
+                self.with_connection(async |conn| ownership.hand_over(conn, trusted.relay_id, lane).await).await?;
             }
         }
         Ok(())

@@ -6,7 +6,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use outbox_relay::fault_points;
+use outbox_relay::{Database, fault_points};
 use rdkafka::{
     ClientConfig, ClientContext, Message,
     config::RDKafkaLogLevel,
@@ -14,7 +14,6 @@ use rdkafka::{
     error::{KafkaError, RDKafkaErrorCode},
     message::{BorrowedMessage, Headers},
 };
-use sqlx::PgPool;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
@@ -51,9 +50,9 @@ impl ConsumerContext for Context {}
 
 impl<F: Flows> Orchestrator<F> {
     /// Reads replies until `shutdown`. A consumer that fails for good is replaced.
-    pub async fn consume(self, pool: PgPool, settings: ConsumerSettings, shutdown: CancellationToken) {
+    pub async fn consume(self, db: Database, settings: ConsumerSettings, shutdown: CancellationToken) {
         while !shutdown.is_cancelled() {
-            match self.consume_once(&pool, &settings, &shutdown).await {
+            match self.consume_once(&db, &settings, &shutdown).await {
                 Ok(()) => return,
                 Err(error) => {
                     tracing::error!(%error, "reply consumer failed; making a new one");
@@ -76,7 +75,7 @@ impl<F: Flows> Orchestrator<F> {
 
     async fn consume_once(
         &self,
-        pool: &PgPool,
+        db: &Database,
         settings: &ConsumerSettings,
         shutdown: &CancellationToken,
     ) -> Result<(), KafkaError> {
@@ -127,7 +126,7 @@ impl<F: Flows> Orchestrator<F> {
                     };
                     let received = self.received(&message, id);
                     fault_points::reached("sagas::received");
-                    if !self.handle(pool, &received, shutdown).await {
+                    if !self.handle(db, &received, shutdown).await {
                         break Ok(());
                     }
                     fault_points::reached("sagas::committed");
@@ -144,13 +143,13 @@ impl<F: Flows> Orchestrator<F> {
     }
 
     /// Takes one message in, however long the database is away. `false`: told to stop before it was.
-    async fn handle(&self, pool: &PgPool, message: &Received, shutdown: &CancellationToken) -> bool {
+    async fn handle(&self, db: &Database, message: &Received, shutdown: &CancellationToken) -> bool {
         let mut panics = 0;
         let mut refusals = 0;
         loop {
-            let (orchestrator, pool_, message_) = (self.clone(), pool.clone(), message.clone());
+            let (orchestrator, db_, message_) = (self.clone(), db.clone(), message.clone());
             // A task of its own: a panic ends this attempt, not the consumer.
-            let attempt = tokio::spawn(async move { orchestrator.receive(&pool_, &message_).await }).await;
+            let attempt = tokio::spawn(async move { orchestrator.receive(&db_, &message_).await }).await;
             match attempt {
                 Ok(Ok(outcome)) => {
                     tracing::debug!(
@@ -167,7 +166,7 @@ impl<F: Flows> Orchestrator<F> {
                     // everything behind it.
                     refusals += u32::from(error.is_the_messages_fault());
                     let why = format!("the database refused it {refusals} times: {error}");
-                    if refusals >= PATIENCE && self.reject(pool, message, &why).await.is_ok() {
+                    if refusals >= PATIENCE && self.reject(db, message, &why).await.is_ok() {
                         return true;
                     }
                 }
@@ -175,7 +174,7 @@ impl<F: Flows> Orchestrator<F> {
                     panics += 1;
                     tracing::error!(topic = message.topic, offset = message.offset, %panic, "handling a reply panicked");
                     if panics >= PATIENCE
-                        && self.reject(pool, message, "the handler panicked on it every time").await.is_ok()
+                        && self.reject(db, message, "the handler panicked on it every time").await.is_ok()
                     {
                         return true;
                     }

@@ -47,6 +47,7 @@ pub mod reply;
 pub mod state;
 pub mod store;
 #[cfg(feature = "suite")]
+#[expect(clippy::disallowed_methods, reason = "a test looks at the database by itself")]
 pub mod suite;
 
 pub use consumer::ConsumerSettings;

@@ -3,9 +3,9 @@
 use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
 use chrono::Utc;
-use outbox_relay::{AppendError, NewMessage, Wake, append};
+use outbox_relay::{AppendError, Database, NewMessage, Wake, Work, WorkError, append};
 use serde_json::{Value, json};
-use sqlx::{PgConnection, PgPool};
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::{
@@ -135,11 +135,19 @@ pub enum SagaError {
     },
 }
 
+impl WorkError for SagaError {
+    fn database_error(&self) -> Option<&sqlx::Error> {
+        match self {
+            SagaError::Database(error) | SagaError::Append(AppendError::Database(error)) => Some(error),
+            _ => None,
+        }
+    }
+}
+
 impl SagaError {
     /// The database answered, and refused the values: the same message would be refused again.
     pub(crate) fn is_the_messages_fault(&self) -> bool {
-        let (SagaError::Database(error) | SagaError::Append(AppendError::Database(error))) = self else { return false };
-        let code = error.as_database_error().and_then(|error| error.code());
+        let code = self.database_error().and_then(|error| error.as_database_error()?.code());
         // Data exceptions, values that break a constraint, values too long for an index.
         code.is_some_and(|code| code.starts_with("22") || code.starts_with("23") || code == "54000")
     }
@@ -352,15 +360,13 @@ impl<F: Flows> Orchestrator<F> {
         }
     }
 
-    /// Runs `step` in a transaction, and wakes the relay once it has committed.
-    pub(crate) async fn committed<T, E: From<sqlx::Error>>(
+    /// Runs `step` in a transaction, and wakes the relay once it has committed, also when the caller has gone.
+    pub(crate) async fn committed<T: Send + 'static>(
         &self,
-        pool: &PgPool,
-        step: impl AsyncFnOnce(&mut PgConnection) -> Result<T, E>,
-    ) -> Result<T, E> {
-        let mut tx = pool.begin().await?;
-        let value = step(&mut tx).await?;
-        tx.commit().await?;
+        db: &Database,
+        step: impl for<'c> FnOnce(&'c mut PgConnection) -> Work<'c, T, SagaError> + Send + 'static,
+    ) -> Result<T, SagaError> {
+        let value = db.transaction(step).await?;
         self.inner.wake.notify();
         Ok(value)
     }

@@ -1,10 +1,10 @@
 //! Taking replies in. One message, one transaction: inbox, saga, log, effects.
 
 use outbox_relay::{
-    fault_points,
+    Database, fault_points,
     inbox::{self, Bytes, Incoming, Outcome},
 };
-use sqlx::{PgConnection, PgPool};
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::{
@@ -36,19 +36,21 @@ impl Conclusion {
 impl<F: Flows> Orchestrator<F> {
     /// Takes one message in. Every message ends in the inbox, whatever it is; an error means that
     /// the database failed and the message has to be tried again.
-    pub async fn receive(&self, pool: &PgPool, message: &Received) -> Result<Outcome, SagaError> {
-        let message_key = message.message_key();
-        let incoming = incoming(message, &message_key);
+    pub async fn receive(&self, db: &Database, message: &Received) -> Result<Outcome, SagaError> {
+        let (orchestrator, message) = (self.clone(), message.clone());
         let outcome = self
-            .committed(pool, async |conn| {
-                if !inbox::insert(conn, incoming).await? {
-                    return Ok::<_, SagaError>(Outcome::Duplicate);
-                }
-                fault_points::reached("sagas::in_inbox");
-                let conclusion = self.apply(conn, message, &message_key).await?;
-                self.conclude(conn, &message_key, &conclusion, &bytes_of(message)).await?;
-                fault_points::reached("sagas::decided");
-                Ok(conclusion.outcome)
+            .committed(db, move |conn| {
+                Box::pin(async move {
+                    let message_key = message.message_key();
+                    if !inbox::insert(conn, incoming(&message, &message_key)).await? {
+                        return Ok(Outcome::Duplicate);
+                    }
+                    fault_points::reached("sagas::in_inbox");
+                    let conclusion = orchestrator.apply(conn, &message, &message_key).await?;
+                    orchestrator.conclude(conn, &message_key, &conclusion, &bytes_of(&message)).await?;
+                    fault_points::reached("sagas::decided");
+                    Ok(conclusion.outcome)
+                })
             })
             .await?;
         metrics::counter!("saga_replies_total", "outcome" => outcome.as_str()).increment(1);
@@ -56,13 +58,15 @@ impl<F: Flows> Orchestrator<F> {
     }
 
     /// Keeps a message that made the handler panic, so that the partition goes on.
-    pub(crate) async fn reject(&self, pool: &PgPool, message: &Received, why: &str) -> Result<(), SagaError> {
-        let message_key = message.message_key();
-        let incoming = incoming(message, &message_key);
-        self.committed(pool, async |conn| {
-            inbox::insert(conn, incoming).await?;
-            let conclusion = Conclusion::rejected(why.to_owned());
-            self.conclude(conn, &message_key, &conclusion, &bytes_of(message)).await
+    pub(crate) async fn reject(&self, db: &Database, message: &Received, why: &str) -> Result<(), SagaError> {
+        let (orchestrator, message) = (self.clone(), message.clone());
+        let conclusion = Conclusion::rejected(why.to_owned());
+        self.committed(db, move |conn| {
+            Box::pin(async move {
+                let message_key = message.message_key();
+                inbox::insert(conn, incoming(&message, &message_key)).await?;
+                orchestrator.conclude(conn, &message_key, &conclusion, &bytes_of(&message)).await
+            })
         })
         .await
     }

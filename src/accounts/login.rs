@@ -1,7 +1,6 @@
 use std::{error::Error, time::Duration};
 
 use secrecy::SecretString;
-use sqlx::Acquire;
 use uuid::Uuid;
 
 use super::RequestContext;
@@ -57,8 +56,10 @@ pub async fn login(
     replaced: Option<&str>,
     context: &RequestContext,
 ) -> Result<LoggedIn, LoginError> {
-    let known = match &identifier {
-        Some(identifier) => db::on(&app.db, async |conn| users::credentials(conn, identifier).await)
+    let known = match identifier {
+        Some(identifier) => app
+            .db
+            .run(move |conn| Box::pin(async move { users::credentials(conn, &identifier).await }))
             .await?
             .filter(|known| sessions::may_sign_in(&known.user)),
         None => None,
@@ -69,27 +70,29 @@ pub async fn login(
         metrics::counter!("auth_logins_total", "outcome" => "refused").increment(1);
         return Err(LoginError::Refused);
     };
-    let opened = db::on(&app.db, async |conn| {
-        let mut tx = conn.begin().await?;
-        let Some(user) = users::hold(&mut tx, &known).await? else {
-            return Ok(None);
-        };
-        if let Some(replaced) = replaced {
-            sessions::replace_held(&mut tx, &app.signer, replaced).await?;
-        }
-        let agent = context.user_agent.as_deref();
-        let session = sessions::open(&mut tx, &app.signer, Uuid::now_v7(), user.id, agent).await?;
-        db::sessions::revoke_oldest(&mut tx, user.id, SESSIONS_PER_USER, "too many sessions").await?;
-        tx.commit().await?;
-        Ok(Some((user, session)))
-    })
-    .await?;
+    let opened = {
+        let (known, signer, agent) = (known.clone(), app.signer.clone(), context.user_agent.clone());
+        let replaced = replaced.map(str::to_owned);
+        app.db.transaction(move |conn| {
+            Box::pin(async move {
+                let Some(user) = users::hold(conn, &known).await? else {
+                    return Ok::<_, sqlx::Error>(None);
+                };
+                if let Some(replaced) = replaced {
+                    sessions::replace_held(conn, &signer, &replaced).await?;
+                }
+                let session = sessions::open(conn, &signer, Uuid::now_v7(), user.id, agent.as_deref()).await?;
+                db::sessions::revoke_oldest(conn, user.id, SESSIONS_PER_USER, "too many sessions").await?;
+                Ok(Some((user, session)))
+            })
+        })
+    };
     // Deleted, or given another password, while this one was being checked.
-    let Some((user, session)) = opened else {
+    let Some((user, session)) = opened.await? else {
         return Err(LoginError::Refused);
     };
     if verdict.needs_rehash {
-        rehash(app, &known, password).await;
+        rehash(app, known, password).await;
     }
     let tokens =
         sessions::tokens(&app.signer, &user, &session).map_err(|error| LoginError::Unforeseen(error.into()))?;
@@ -98,18 +101,19 @@ pub async fn login(
 }
 
 /// Stores the password in today's form. A login never fails over it: the next one tries again.
-async fn rehash(app: &App, known: &Credentials, password: SecretString) {
+async fn rehash(app: &App, known: Credentials, password: SecretString) {
     // Its length was another day's business.
     let Ok(password) = Password::parse(password, 0, None) else {
         return;
     };
+    let user_id = known.user.id;
     let rehashed = async {
         let hash = app.hasher.hash(&password).await?;
-        db::on(&app.db, async |conn| users::replace_hash(conn, known, &hash).await).await?;
+        app.db.run(move |conn| Box::pin(async move { users::replace_hash(conn, &known, &hash).await })).await?;
         Ok::<_, Box<dyn Error + Send + Sync>>(())
     };
     if let Err(error) = rehashed.await {
-        tracing::info!(user.id = %known.user.id, error, "a password was not rehashed; the next login tries again");
+        tracing::info!(user.id = %user_id, error, "a password was not rehashed; the next login tries again");
     }
 }
 

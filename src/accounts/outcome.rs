@@ -18,14 +18,16 @@ const LOOK_PAUSE: Duration = Duration::from_millis(100);
 pub(super) async fn outcome(app: &App, saga_id: Uuid, transaction: &str) -> Option<bool> {
     let until = Instant::now() + LOOK_FOR;
     loop {
-        let look = async {
-            let mut conn = app.db.acquire().await?;
-            // In this order: a backend that is still committing between the two reads leaves the
-            // first answer unsettled, and the question is asked again.
-            let fate = db::fate_of(&mut conn, transaction).await?;
-            let saga = store::find(&mut conn, saga_id).await?;
-            Ok::<_, sqlx::Error>((saga.is_some(), fate))
-        };
+        let transaction = transaction.to_owned();
+        let look = app.db.run(move |conn| {
+            Box::pin(async move {
+                // In this order: a backend that is still committing between the two reads leaves the
+                // first answer unsettled, and the question is asked again.
+                let fate = db::fate_of(conn, &transaction).await?;
+                let saga = store::find(conn, saga_id).await?;
+                Ok::<_, sqlx::Error>((saga.is_some(), fate))
+            })
+        });
         let left = until.saturating_duration_since(Instant::now());
         match timeout(left, look).await {
             Ok(Ok((true, _))) => return Some(true),

@@ -1,9 +1,9 @@
-use std::{error::Error, time::Duration};
+use std::{error::Error, sync::Arc, time::Duration};
 
-use outbox_relay::fault_points;
+use outbox_relay::{WorkError, fault_points};
 use saga_orchestrator::{NewSaga, SagaError, flows::create_user, store};
 use secrecy::SecretString;
-use sqlx::Acquire;
+use sqlx::{Connection, PgConnection};
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -22,9 +22,9 @@ use crate::{
 /// Saga ids made from idempotency keys live in this namespace.
 const IDEMPOTENCY: Uuid = Uuid::from_u128(0x8f0f_6d0e_6f0b_4c57_9b1d_0d0a_37c1_5e2b);
 /// How long the statements before the COMMIT may take.
-const PREPARE_PATIENCE: Duration = Duration::from_secs(8);
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(8);
 /// How long a COMMIT may take before its answer counts as lost.
-const COMMIT_PATIENCE: Duration = Duration::from_secs(5);
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A registration as it came in; nothing is checked yet.
 #[derive(Debug)]
@@ -85,7 +85,7 @@ pub enum RegisterError {
 /// The saga's id is chosen beforehand, so that a lost COMMIT can be looked up; made from the
 /// idempotency key, it is also what a repeated request is known by.
 pub async fn register(app: &App, new: NewAccount, context: &RequestContext) -> Result<Registered, RegisterError> {
-    let valid = Valid::check(new, app.config.passwords.min_length)?;
+    let valid = Arc::new(Valid::check(new, app.config.passwords.min_length)?);
     let keyed = context.idempotency_key.as_deref().map(|key| valid.saga_id(key));
     if let Some(saga_id) = keyed
         && let Some(again) = repeat(app, &valid, saga_id, context).await?
@@ -94,12 +94,8 @@ pub async fn register(app: &App, new: NewAccount, context: &RequestContext) -> R
     }
     let password_hash = app.hasher.hash(&valid.password).await?;
     let saga_id = keyed.unwrap_or_else(Uuid::now_v7);
-    match write(app, &valid, &password_hash, saga_id, context).await {
-        Ok(registered) => {
-            app.wake.notify();
-            tracing::info!(user.id = %registered.user.id, saga.id = %saga_id, "user registered");
-            Ok(registered)
-        }
+    match write(app, valid.clone(), password_hash, saga_id, context).await {
+        Ok(registered) => Ok(registered),
         // Two requests under one key at once: the other one was faster.
         Err(conflict @ (RegisterError::EmailTaken | RegisterError::UsernameTaken)) if keyed.is_some() => {
             repeat(app, &valid, saga_id, context).await?.ok_or(conflict)
@@ -150,9 +146,12 @@ async fn repeat(
     saga_id: Uuid,
     context: &RequestContext,
 ) -> Result<Option<Registered>, RegisterError> {
-    let (saga, created) =
-        db::on(&app.db, async |conn| Ok((store::find(conn, saga_id).await?, users::created_by(conn, saga_id).await?)))
-            .await?;
+    let looked = app.db.run(move |conn| {
+        Box::pin(async move {
+            Ok::<_, sqlx::Error>((store::find(conn, saga_id).await?, users::created_by(conn, saga_id).await?))
+        })
+    });
+    let (saga, created) = looked.await?;
     let created = match (saga, created) {
         (_, Some(created)) => created,
         (None, None) => return Ok(None),
@@ -163,38 +162,80 @@ async fn repeat(
     if !verdict.matches {
         return Err(RegisterError::EmailTaken);
     }
-    let session = db::on(&app.db, async |conn| {
-        let mut tx = conn.begin().await?;
-        let Some(user) = users::hold(&mut tx, &created).await? else {
-            return Ok(None);
-        };
-        let session = match sessions::live(&mut tx, first_session_id(saga_id)).await? {
-            Some(session) => session,
-            None => {
-                let agent = context.user_agent.as_deref();
-                sessions::open(&mut tx, &app.signer, Uuid::now_v7(), user.id, agent).await?
-            }
-        };
-        tx.commit().await?;
-        Ok(Some((user, session)))
-    })
-    .await?;
-    let Some((user, session)) = session else {
+    let (signer, agent) = (app.signer.clone(), context.user_agent.clone());
+    let session = app.db.transaction(move |conn| {
+        Box::pin(async move {
+            let Some(user) = users::hold(conn, &created).await? else {
+                return Ok::<_, sqlx::Error>(None);
+            };
+            let session = match sessions::live(conn, first_session_id(saga_id)).await? {
+                Some(session) => session,
+                None => sessions::open(conn, &signer, Uuid::now_v7(), user.id, agent.as_deref()).await?,
+            };
+            Ok(Some((user, session)))
+        })
+    });
+    let Some((user, session)) = session.await? else {
         return Err(RegisterError::TakenBack);
     };
     let tokens = sessions::tokens(&app.signer, &user, &session).map_err(unforeseen)?;
     Ok(Some(Registered { user, saga_id, tokens }))
 }
 
+/// Why a registration was not committed, as far as is known.
+enum NotWritten {
+    /// It surely was not.
+    Surely(RegisterError),
+    /// COMMIT was not answered.
+    InDoubt { registered: Box<Registered>, transaction: String, error: sqlx::Error },
+}
+
+/// Writes a registration, also when its client has gone meanwhile.
 async fn write(
+    app: &App,
+    valid: Arc<Valid>,
+    password_hash: String,
+    saga_id: Uuid,
+    context: &RequestContext,
+) -> Result<Registered, RegisterError> {
+    let written = {
+        let (owned, context) = (app.clone(), context.clone());
+        app.db.run_within(PREPARE_TIMEOUT + COMMIT_TIMEOUT, move |conn| {
+            Box::pin(async move {
+                let registered = commit(conn, &owned, &valid, &password_hash, saga_id, &context).await?;
+                owned.wake.notify();
+                tracing::info!(user.id = %registered.user.id, saga.id = %saga_id, "user registered");
+                Ok(registered)
+            })
+        })
+    };
+    let (registered, transaction, error) = match written.await {
+        Ok(registered) => return Ok(registered),
+        Err(NotWritten::Surely(error)) => return Err(error),
+        Err(NotWritten::InDoubt { registered, transaction, error }) => (registered, transaction, error),
+    };
+    tracing::warn!(saga.id = %saga_id, %error, "COMMIT of a registration was not answered; looking up what became of it");
+    match outcome(app, saga_id, &transaction).await {
+        Some(true) => {
+            app.wake.notify();
+            tracing::info!(user.id = %registered.user.id, saga.id = %saga_id, "user registered");
+            Ok(*registered)
+        }
+        Some(false) => Err(away()),
+        None => Err(RegisterError::OutcomeUnknown),
+    }
+}
+
+async fn commit(
+    conn: &mut PgConnection,
     app: &App,
     valid: &Valid,
     password_hash: &str,
     saga_id: Uuid,
     context: &RequestContext,
-) -> Result<Registered, RegisterError> {
-    let mut conn = app.db.acquire().await?;
-    let prepared = timeout(PREPARE_PATIENCE, async {
+) -> Result<Registered, NotWritten> {
+    // What is dropped here with the transaction is closed with the connection: a timeout condemns it.
+    let prepared = timeout(PREPARE_TIMEOUT, async {
         let mut tx = conn.begin().await?;
         let new = NewUser { username: &valid.username, email: &valid.email, password_hash, create_saga_id: saga_id };
         let (user, transaction) = users::insert(&mut tx, &new).await?;
@@ -212,34 +253,24 @@ async fn write(
         app.sagas.start(&mut tx, &create_user::DEFINITION, new).await?;
         Ok::<_, RegisterError>((tx, Registered { user, saga_id, tokens }, transaction))
     });
-    let Ok(prepared) = prepared.await else {
-        conn.close_on_drop();
-        return Err(away());
-    };
-    let (tx, registered, transaction) = prepared?;
+    let (tx, registered, transaction) = prepared.await.unwrap_or_else(|_| Err(away())).map_err(NotWritten::Surely)?;
     fault_points::reached("registration::prepared");
-    let doubt = match timeout(COMMIT_PATIENCE, tx.commit()).await {
-        Ok(Ok(())) => {
+    match timeout(COMMIT_TIMEOUT, tx.commit()).await.unwrap_or_else(|_| Err(timed_out())) {
+        Ok(()) => {
             fault_points::reached("registration::committed");
-            return Ok(registered);
+            Ok(registered)
         }
-        Ok(Err(error)) if !db::leaves_doubt(&error) => return Err(error.into()),
-        Ok(Err(error)) => error.to_string(),
-        Err(_) => "no answer in time".to_owned(),
-    };
-    // Not to be trusted any more, and never to be waited for.
-    conn.close_on_drop();
-    drop(conn);
-    tracing::warn!(saga.id = %saga_id, doubt, "COMMIT of a registration was not answered; looking up what became of it");
-    match outcome(app, saga_id, &transaction).await {
-        Some(true) => Ok(registered),
-        Some(false) => Err(away()),
-        None => Err(RegisterError::OutcomeUnknown),
+        Err(error) if !db::leaves_doubt(&error) => Err(NotWritten::Surely(error.into())),
+        Err(error) => Err(NotWritten::InDoubt { registered: Box::new(registered), transaction, error }),
     }
 }
 
+fn timed_out() -> sqlx::Error {
+    std::io::Error::from(std::io::ErrorKind::TimedOut).into()
+}
+
 fn away() -> RegisterError {
-    RegisterError::Unavailable(std::io::Error::from(std::io::ErrorKind::TimedOut).into())
+    RegisterError::Unavailable(timed_out())
 }
 
 fn unforeseen(error: impl Error + Send + Sync + 'static) -> RegisterError {
@@ -255,6 +286,22 @@ impl From<sqlx::Error> for RegisterError {
             Some("saga_state_pkey") => RegisterError::TakenBack,
             _ if db::is_away(&error) => RegisterError::Unavailable(error),
             _ => unforeseen(error),
+        }
+    }
+}
+
+impl From<sqlx::Error> for NotWritten {
+    fn from(error: sqlx::Error) -> Self {
+        NotWritten::Surely(error.into())
+    }
+}
+
+impl WorkError for NotWritten {
+    fn database_error(&self) -> Option<&sqlx::Error> {
+        match self {
+            NotWritten::InDoubt { error, .. } | NotWritten::Surely(RegisterError::Unavailable(error)) => Some(error),
+            NotWritten::Surely(RegisterError::Unforeseen(error)) => error.downcast_ref(),
+            NotWritten::Surely(_) => None,
         }
     }
 }

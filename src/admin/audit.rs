@@ -5,10 +5,7 @@ use axum::extract::State;
 use super::{Success, error::AdminError, params::Params};
 use crate::{
     app::App,
-    db::{
-        self,
-        audit::{self, AuditFilter, Line},
-    },
+    db::audit::{self, AuditFilter, Line},
 };
 
 /// `GET /admin/audit`
@@ -20,6 +17,7 @@ pub async fn list(State(app): State<App>, mut params: Params) -> Result<Success<
         limit: params.limit(),
     };
     params.finish()?;
-    let lines = db::on(&app.db, async |conn| audit::list(conn, &filter).await).await?;
-    Ok(Success::page("Changes by operators, newest first", lines, filter.limit, |line| line.id.to_string()))
+    let limit = filter.limit;
+    let lines = app.db.run(move |conn| Box::pin(async move { audit::list(conn, &filter).await })).await?;
+    Ok(Success::page("Changes by operators, newest first", lines, limit, |line| line.id.to_string()))
 }

@@ -7,33 +7,30 @@ use super::{auth::Operator, error::AdminError};
 use crate::{
     app::App,
     config::Scope,
-    db::{
-        self,
-        audit::{self, NewLine, Outcome},
-    },
+    db::audit::{self, NewLine, Outcome},
 };
 
 /// Who wants what done to what.
 #[derive(Debug, Clone)]
-pub struct Attempt<'a> {
+pub struct Attempt {
     /// Who.
-    pub operator: &'a Operator,
+    pub operator: Operator,
     /// What, for example `outbox.replay`.
     pub action: &'static str,
     /// To what.
-    pub target: &'a str,
+    pub target: String,
     /// Why; empty when the attempt is refused before that is looked at.
-    pub reason: &'a str,
+    pub reason: String,
 }
 
-impl Attempt<'_> {
+impl Attempt {
     /// Writes the line, in the transaction of the change.
     pub async fn note(&self, conn: &mut PgConnection, outcome: Outcome, detail: &Value) -> Result<(), sqlx::Error> {
         let line = NewLine {
             actor: self.operator.name(),
             action: self.action,
-            target: self.target,
-            reason: Some(self.reason).filter(|reason| !reason.is_empty()),
+            target: &self.target,
+            reason: Some(self.reason.as_str()).filter(|reason| !reason.is_empty()),
             outcome,
             detail,
         };
@@ -55,10 +52,12 @@ impl Attempt<'_> {
         }
         metrics::counter!("auth_admin_refusals_total", "why" => "scope").increment(1);
         let detail = json!({ "needed": needed.as_str() });
-        let noted = db::on(&app.db, async |conn| self.note(conn, Outcome::Forbidden, &detail).await).await;
-        if let Err(error) = noted {
+        let attempt = self.clone();
+        let noted =
+            app.db.run(move |conn| Box::pin(async move { attempt.note(conn, Outcome::Forbidden, &detail).await }));
+        if let Err(error) = noted.await {
             tracing::error!(
-                actor = self.operator.name(), action = self.action, target = self.target, %error,
+                actor = self.operator.name(), action = self.action, target = self.target.as_str(), %error,
                 "a forbidden attempt could not be written to the audit log"
             );
         }

@@ -30,7 +30,6 @@ use super::{auth::Operator, error::AdminError};
 use crate::{
     app::{App, SAGAS},
     config::Scope,
-    db,
 };
 
 /// How long what was read answers other scrapes.
@@ -74,11 +73,13 @@ struct Known {
 }
 
 async fn look(app: &App) -> Option<Known> {
-    let looked = db::on(&app.db, async |conn| {
-        Ok(Known {
-            outbox: outbox::figures(conn).await?,
-            sagas: sagas::open_counts(conn).await?,
-            attention: inbox::attention(conn).await?,
+    let looked = app.db.run(|conn| {
+        Box::pin(async move {
+            Ok::<_, sqlx::Error>(Known {
+                outbox: outbox::figures(conn).await?,
+                sagas: sagas::open_counts(conn).await?,
+                attention: inbox::attention(conn).await?,
+            })
         })
     });
     match timeout(PATIENCE, looked).await {
@@ -153,7 +154,7 @@ fn own(app: &App) -> String {
         says!("auth_db_pool_max_connections", "Most that it may have");
         gauge!("auth_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
         gauge!("auth_uptime_seconds").set(app.started.elapsed().as_secs_f64());
-        let (open, idle) = (app.db.size(), app.db.num_idle());
+        let (open, idle) = app.db.connections();
         gauge!("auth_db_pool_connections", "state" => "idle").set(idle as f64);
         gauge!("auth_db_pool_connections", "state" => "used").set(f64::from(open) - idle as f64);
         gauge!("auth_db_pool_max_connections").set(f64::from(app.config.database.pool_size));

@@ -10,20 +10,21 @@ use super::{
     error::AdminError,
     params::{Id, Params},
 };
-use crate::{app::App, db};
+use crate::app::App;
 
 /// `GET /admin/outbox`
 pub async fn list(State(app): State<App>, params: Params) -> Result<Success<Vec<Value>>, AdminError> {
     let filter = filter(params)?;
-    let rows = db::on(&app.db, async |conn| outbox::list(conn, &filter).await).await?;
+    let limit = filter.limit;
+    let rows = app.db.run(move |conn| Box::pin(async move { outbox::list(conn, &filter).await })).await?;
     let shown = rows.iter().map(shown).collect();
-    Ok(Success::page("Outbox rows, newest first", shown, filter.limit, |row: &Value| row["id"].to_string()))
+    Ok(Success::page("Outbox rows, newest first", shown, limit, |row: &Value| row["id"].to_string()))
 }
 
 /// `GET /admin/outbox/{id}`
 pub async fn show(State(app): State<App>, Id(id): Id) -> Result<Success<Value>, AdminError> {
     let number = row_id(&id)?;
-    let row = db::on(&app.db, async |conn| outbox::show(conn, number).await).await?;
+    let row = app.db.run(move |conn| Box::pin(outbox::show(conn, number))).await?;
     match row {
         Some(row) => Ok(Success::of("Outbox row", shown(&row))),
         None => Err(unknown(&id)),

@@ -11,7 +11,7 @@ use outbox_relay::{
 };
 use serde::Serialize;
 use serde_json::{Value, json};
-use sqlx::{Acquire, PgConnection};
+use sqlx::{Connection, PgConnection};
 
 use super::{
     Success,
@@ -21,11 +21,7 @@ use super::{
     outbox::{filter, row_id, unknown},
     params::{Id, Order, Params},
 };
-use crate::{
-    app::App,
-    config::Scope,
-    db::{self, audit::Outcome},
-};
+use crate::{app::App, config::Scope, db::audit::Outcome};
 
 const ACTION: &str = "outbox.replay";
 
@@ -37,44 +33,43 @@ pub async fn one(
     order: Result<Order, AdminError>,
 ) -> Result<Success<Value>, AdminError> {
     let number = row_id(&id)?;
-    let target = format!("row {number}");
-    let reason = order.as_ref().map_or("", |order| order.reason.as_str());
-    let attempt = Attempt { operator: &operator, action: ACTION, target: &target, reason };
+    let reason = order.as_ref().map_or_else(|_| String::new(), |order| order.reason.clone());
+    let attempt = Attempt { operator, action: ACTION, target: format!("row {number}"), reason };
     attempt.require(&app, Scope::Operate).await?;
-    let order = order.as_ref().map_err(AdminError::clone)?;
+    let order = order?;
     if order.force {
         attempt.require(&app, Scope::Admin).await?;
     }
     if !order.filter.is_empty() {
         return Err(AdminError::field("filter", "belongs to POST /admin/outbox/replay"));
     }
-    let replayed = db::on(&app.db, async |conn| {
-        let mut tx = conn.begin().await?;
-        let replayed = match replay(&mut tx, number, order.force).await {
-            Err(ReplayError::Database(error)) => return Err(error),
-            replayed => replayed,
-        };
-        let (outcome, detail) = match &replayed {
-            Ok(replayed) => (Outcome::Done, json!({ "forced": order.force, "did": replayed })),
-            Err(why) => (Outcome::Refused, json!({ "why": why.to_string() })),
-        };
-        if order.dry_run || matches!(replayed, Err(ReplayError::NotFound(_))) {
-            tx.rollback().await?;
-        } else {
-            attempt.note(&mut tx, outcome, &detail).await?;
-            tx.commit().await?;
-        }
-        Ok(replayed)
-    })
-    .await?;
-    match replayed {
-        Ok(replayed) => {
-            if !order.dry_run {
-                app.wake.notify();
+    let (Order { force, dry_run, .. }, wake) = (order, app.wake.clone());
+    let replayed = app.db.run(move |conn| {
+        Box::pin(async move {
+            let mut tx = conn.begin().await?;
+            let replayed = match replay(&mut tx, number, force).await {
+                Err(ReplayError::Database(error)) => return Err(error),
+                replayed => replayed,
+            };
+            let (outcome, detail) = match &replayed {
+                Ok(replayed) => (Outcome::Done, json!({ "forced": force, "did": replayed })),
+                Err(why) => (Outcome::Refused, json!({ "why": why.to_string() })),
+            };
+            if dry_run || matches!(replayed, Err(ReplayError::NotFound(_))) {
+                tx.rollback().await?;
+            } else {
+                attempt.note(&mut tx, outcome, &detail).await?;
+                tx.commit().await?;
+                wake.notify();
             }
-            let message = if order.dry_run { "Would be sent again" } else { "Is being sent again" };
+            Ok(replayed)
+        })
+    });
+    match replayed.await? {
+        Ok(replayed) => {
+            let message = if dry_run { "Would be sent again" } else { "Is being sent again" };
             let mut data = json!(replayed);
-            data["dryRun"] = order.dry_run.into();
+            data["dryRun"] = dry_run.into();
             Ok(Success::of(message, data))
         }
         Err(ReplayError::NotFound(_)) => Err(unknown(&id)),
@@ -90,36 +85,36 @@ pub async fn many(
     params: Params,
     order: Result<Order, AdminError>,
 ) -> Result<Success<Many>, AdminError> {
-    let reason = order.as_ref().map_or("", |order| order.reason.as_str());
-    let attempt = Attempt { operator: &operator, action: ACTION, target: "filter", reason };
+    let reason = order.as_ref().map_or_else(|_| String::new(), |order| order.reason.clone());
+    let attempt = Attempt { operator, action: ACTION, target: "filter".to_owned(), reason };
     attempt.require(&app, Scope::Operate).await?;
-    let order = order.as_ref().map_err(AdminError::clone)?;
+    let order = order?;
     if order.force {
         attempt.require(&app, Scope::Admin).await?;
     }
-    let filter = chosen(params, order)?;
-    let many = db::on(&app.db, async |conn| {
-        let mut tx = conn.begin().await?;
-        let many = replay_all(&mut tx, &filter, order).await?;
-        match order.dry_run {
-            true => tx.rollback().await?,
-            false => {
-                let outcome = match (many.replayed.is_empty(), many.refused.is_empty()) {
-                    (false, _) => Outcome::Done,
-                    (true, false) => Outcome::Refused,
-                    (true, true) => Outcome::Unchanged,
-                };
-                attempt.note(&mut tx, outcome, &many.detail(&filter, order.force)).await?;
-                tx.commit().await?;
+    let filter = chosen(params, &order)?;
+    let (dry_run, wake) = (order.dry_run, app.wake.clone());
+    let many = app.db.run(move |conn| {
+        Box::pin(async move {
+            let mut tx = conn.begin().await?;
+            let many = replay_all(&mut tx, &filter, &order).await?;
+            if dry_run {
+                tx.rollback().await?;
+                return Ok::<_, sqlx::Error>(many);
             }
-        }
-        Ok(many)
-    })
-    .await?;
-    if !order.dry_run {
-        app.wake.notify();
-    }
-    let message = match (many.replayed.is_empty(), order.dry_run) {
+            let outcome = match (many.replayed.is_empty(), many.refused.is_empty()) {
+                (false, _) => Outcome::Done,
+                (true, false) => Outcome::Refused,
+                (true, true) => Outcome::Unchanged,
+            };
+            attempt.note(&mut tx, outcome, &many.detail(&filter, order.force)).await?;
+            tx.commit().await?;
+            wake.notify();
+            Ok(many)
+        })
+    });
+    let many = many.await?;
+    let message = match (many.replayed.is_empty(), dry_run) {
         (true, _) => "Nothing to send again",
         (false, true) => "Would be sent again",
         (false, false) => "Are being sent again",

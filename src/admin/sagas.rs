@@ -14,7 +14,7 @@ use super::{
     error::AdminError,
     params::{Id, Params},
 };
-use crate::{app::App, db};
+use crate::app::App;
 
 /// `GET /admin/sagas`
 pub async fn list(State(app): State<App>, mut params: Params) -> Result<Success<Vec<Saga>>, AdminError> {
@@ -28,20 +28,22 @@ pub async fn list(State(app): State<App>, mut params: Params) -> Result<Success<
         limit: params.limit(),
     };
     params.finish()?;
-    let found = db::on(&app.db, async |conn| sagas::list(conn, &filter).await).await?;
-    Ok(Success::page("Sagas, newest first", found, filter.limit, |saga| saga.saga_id.to_string()))
+    let limit = filter.limit;
+    let found = app.db.run(move |conn| Box::pin(async move { sagas::list(conn, &filter).await })).await?;
+    Ok(Success::page("Sagas, newest first", found, limit, |saga| saga.saga_id.to_string()))
 }
 
 /// `GET /admin/sagas/{id}`: the saga, with everything that happened to it.
 pub async fn show(State(app): State<App>, Id(id): Id) -> Result<Success<Value>, AdminError> {
     let unknown = || AdminError::Unknown(format!("There is no saga {id:?}"));
     let saga_id: Uuid = id.parse().map_err(|_| unknown())?;
-    let found = db::on(&app.db, async |conn| {
-        let Some(saga) = store::find(&mut *conn, saga_id).await? else { return Ok(None) };
-        Ok(Some((saga, sagas::timeline(conn, saga_id).await?)))
-    })
-    .await?;
-    let (saga, timeline) = found.ok_or_else(unknown)?;
+    let found = app.db.run(move |conn| {
+        Box::pin(async move {
+            let Some(saga) = store::find(&mut *conn, saga_id).await? else { return Ok::<_, sqlx::Error>(None) };
+            Ok(Some((saga, sagas::timeline(conn, saga_id).await?)))
+        })
+    });
+    let (saga, timeline) = found.await?.ok_or_else(unknown)?;
     let mut shown = json!(saga);
     shown["timeline"] = json!(timeline);
     Ok(Success::of("Saga", shown))

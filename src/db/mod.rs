@@ -6,13 +6,26 @@ pub mod audit;
 pub mod sessions;
 pub mod users;
 
-use std::{io, time::Duration};
+use std::time::Duration;
 
-use sqlx::{PgConnection, PgPool};
+use outbox_relay::{Database, PoolSettings};
+use sqlx::PgConnection;
+
+use crate::config::DatabaseConfig;
 
 /// How long a use case waits for its statements. The server has its own limit; this one is for a
 /// connection that has fallen silent.
-const PATIENCE: Duration = Duration::from_secs(6);
+const WORK_TIMEOUT: Duration = Duration::from_secs(6);
+
+/// The pool for requests, sagas and housekeeping.
+pub fn pool(config: &DatabaseConfig) -> Database {
+    let settings = PoolSettings {
+        connections: config.pool_size,
+        acquire_timeout: config.acquire_timeout,
+        work_timeout: WORK_TIMEOUT,
+    };
+    Database::new(config.options.clone(), settings)
+}
 
 /// What became of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,22 +47,6 @@ pub async fn fate_of(conn: &mut PgConnection, transaction: &str) -> Result<Fate,
         Some("aborted") => Fate::Aborted,
         _ => Fate::Unsettled,
     })
-}
-
-/// Works on a connection of the pool. When that takes too long, the database is called away, and
-/// the connection is thrown away: returned to the pool, it would be waited for until TCP gives up.
-pub async fn on<T>(
-    pool: &PgPool,
-    work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
-) -> Result<T, sqlx::Error> {
-    let mut conn = pool.acquire().await?;
-    match tokio::time::timeout(PATIENCE, work(&mut conn)).await {
-        Ok(result) => result,
-        Err(_) => {
-            conn.close_on_drop();
-            Err(io::Error::from(io::ErrorKind::TimedOut).into())
-        }
-    }
 }
 
 /// Whether the error says that the database can't serve just now: the same request may well
@@ -106,6 +103,8 @@ pub fn violated(error: &sqlx::Error) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     #[test]

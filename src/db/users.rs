@@ -19,7 +19,7 @@ pub struct NewUser<'a> {
 }
 
 /// A user with what its password is checked against.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Credentials {
     /// The user.
     pub user: User,

@@ -12,14 +12,12 @@
 //!
 //! It does not check that names are unique: that is auth-service's promise.
 
-use std::{io, net::SocketAddr};
+use std::{io, net::SocketAddr, time::Duration};
 
+use outbox_relay::{Database, PoolSettings};
 use rdkafka::error::KafkaError;
 use secrecy::{ExposeSecret, SecretString};
-use sqlx::{
-    PgPool,
-    postgres::{PgConnectOptions, PgPoolOptions},
-};
+use sqlx::postgres::PgConnectOptions;
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -30,10 +28,12 @@ mod consumer;
 mod grpc;
 mod profiles;
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test looks at the database by itself")]
 mod tests;
 
 /// Enough for one consumer and a few calls at once.
-const CONNECTIONS: u32 = 5;
+const POOL: PoolSettings =
+    PoolSettings { connections: 5, acquire_timeout: Duration::from_secs(30), work_timeout: Duration::from_secs(30) };
 
 /// A running reference user-service.
 #[derive(Debug)]
@@ -83,15 +83,15 @@ pub enum StartError {
 impl UserService {
     /// Starts it. It runs until `shutdown`.
     pub async fn start(settings: UserServiceSettings, shutdown: CancellationToken) -> Result<Self, StartError> {
-        let pool = database(&settings.database_url).await?;
+        let db = database(&settings.database_url).await?;
         let listen = |source| StartError::Listen { address: settings.grpc_listen, source };
         let listener = TcpListener::bind(settings.grpc_listen).await.map_err(listen)?;
         let grpc_addr = listener.local_addr().map_err(listen)?;
         let rules = HouseRules { refused_prefixes: settings.refused_prefixes.clone() };
-        let consumer = CommandConsumer::new(&settings, pool.clone(), rules.clone())?;
+        let consumer = CommandConsumer::new(&settings, db.clone(), rules.clone())?;
 
         let tasks = TaskTracker::new();
-        tasks.spawn(Calls::new(pool, rules).serve(listener, shutdown.clone()));
+        tasks.spawn(Calls::new(db, rules).serve(listener, shutdown.clone()));
         tasks.spawn(consumer.run(shutdown));
         tasks.close();
         Ok(Self { grpc_addr, tasks })
@@ -108,11 +108,11 @@ impl UserService {
     }
 }
 
-async fn database(url: &SecretString) -> Result<PgPool, sqlx::Error> {
+async fn database(url: &SecretString) -> Result<Database, sqlx::Error> {
     // A schema of its own, so that it can live in a database beside others.
     let options: PgConnectOptions = url.expose_secret().parse()?;
     let options = options.options([("search_path", "user_service")]);
-    let pool = PgPoolOptions::new().max_connections(CONNECTIONS).connect_with(options).await?;
-    profiles::create_tables(&pool).await?;
-    Ok(pool)
+    let db = Database::new(options, POOL);
+    profiles::create_tables(&db).await?;
+    Ok(db)
 }

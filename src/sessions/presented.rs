@@ -7,7 +7,6 @@ use uuid::Uuid;
 
 use super::{Over, SessionError, error::refused, may_sign_in, next_token};
 use crate::{
-    app::App,
     crypto::{TokenError, TokenSigner},
     db::sessions::{self, Found},
     domain::{RefreshDecision, UserId},
@@ -110,13 +109,13 @@ pub(super) struct Good {
 /// token was used again too late is ended here, on its own: the statement commits by itself.
 pub(super) async fn look(
     conn: &mut PgConnection,
-    app: &App,
+    signer: &TokenSigner,
     presented: &Presented,
 ) -> Result<Result<Good, Over>, sqlx::Error> {
     let Some(found) = presented.find(conn).await? else {
         return Ok(Err(Over::Ended));
     };
-    match presented.decide(&found, app.signer.settings().reuse_window) {
+    match presented.decide(&found, signer.settings().reuse_window) {
         RefreshDecision::Rotate => Ok(Ok(Good { found, current: true })),
         RefreshDecision::Reissue => Ok(Ok(Good { found, current: false })),
         RefreshDecision::Ended => Ok(Err(Over::Ended)),

@@ -11,6 +11,8 @@
 //!
 //! Everything random comes from the seed: the same `--seed` and `--only` play the same scenario.
 
+#![expect(clippy::disallowed_methods, reason = "a test looks at the database by itself")]
+
 mod checker;
 mod cluster;
 mod control;

@@ -1,6 +1,8 @@
 //! The service on real parts: PostgreSQL, a database a test; Apache Kafka (or, without Java and
 //! Maven, the embedded broker), topics and consumer group a test. The parts are started once a run.
 
+#![expect(clippy::disallowed_methods, reason = "a test looks at the database by itself")]
+
 mod support;
 
 mod admin;

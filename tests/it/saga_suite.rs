@@ -2,6 +2,8 @@
 
 mod orders;
 
+use std::time::Duration;
+
 use auth_service::{
     config::SilencePolicy,
     db::{
@@ -12,7 +14,7 @@ use auth_service::{
     participants::Participants,
 };
 use chrono::{Days, Utc};
-use outbox_relay::test_kit::Courier;
+use outbox_relay::{Database, PoolSettings, test_kit::Courier};
 use saga_orchestrator::{
     NewSaga, Orchestrator, Saga, Status,
     deadlines::SweepCursor,
@@ -31,6 +33,16 @@ async fn pool() -> PgPool {
     // Thousands of short transactions: a ping before each would double them.
     let options = PgPoolOptions::new().test_before_acquire(false);
     options.connect_with(PARTS.connect_options(&PARTS.database().await)).await.unwrap()
+}
+
+/// An orchestrator's own connections to the same database.
+fn database(pool: &PgPool) -> Database {
+    let settings = PoolSettings {
+        connections: 5,
+        acquire_timeout: Duration::from_secs(30),
+        work_timeout: Duration::from_secs(30),
+    };
+    Database::new(pool.connect_options().as_ref().clone(), settings)
 }
 
 /// A registration.
@@ -110,13 +122,13 @@ async fn what_became_of_one_command_does_not_start_the_clock_of_the_next() {
     let mut lock = pool.begin().await.unwrap();
     sqlx::query("select from saga_state for update").execute(&mut *lock).await.unwrap();
     let reply = {
-        let (sagas, pool, done) = (sagas.clone(), pool.clone(), orders::answer("stock.reserved", saga_id));
-        tokio::spawn(async move { sagas.receive(&pool, &done).await })
+        let (sagas, db, done) = (sagas.clone(), database(&pool), orders::answer("stock.reserved", saga_id));
+        tokio::spawn(async move { sagas.receive(&db, &done).await })
     };
     until_waiting(&pool, 1).await;
     let sweep = {
-        let (sagas, pool) = (sagas.clone(), pool.clone());
-        tokio::spawn(async move { sagas.sweep(&pool, &mut SweepCursor::default()).await })
+        let (sagas, db) = (sagas.clone(), database(&pool));
+        tokio::spawn(async move { sagas.sweep(&db, &mut SweepCursor::default()).await })
     };
     until_waiting(&pool, 2).await;
     lock.rollback().await.unwrap();
@@ -134,7 +146,7 @@ async fn a_parked_undo_leaves_its_saga_stuck_whatever_else_is_parked() {
     let sagas = orders::sagas();
     let saga_id = commanded(&pool, &sagas).await;
     let mut conn = pool.acquire().await.unwrap();
-    sagas.receive(&pool, &orders::answer("stock.not-reserved", saga_id)).await.unwrap();
+    sagas.receive(&database(&pool), &orders::answer("stock.not-reserved", saga_id)).await.unwrap();
     // The undo can't be sent; nor can that of a saga which only a newer program knows, and which comes first.
     sqlx::raw_sql(
         "insert into outbox_parked (id, lane, key, seq, message_id, topic, payload, headers, saga_id, created_at, reason)
@@ -150,7 +162,7 @@ async fn a_parked_undo_leaves_its_saga_stuck_whatever_else_is_parked() {
     .execute(&mut *conn)
     .await
     .unwrap();
-    sagas.sweep(&pool, &mut SweepCursor::default()).await.unwrap();
+    sagas.sweep(&database(&pool), &mut SweepCursor::default()).await.unwrap();
 
     let saga = store::find(&mut conn, saga_id).await.unwrap().unwrap();
     assert_eq!(saga.status, Status::Stuck);

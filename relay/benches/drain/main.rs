@@ -10,6 +10,8 @@
 //! production. Rates are medians of three rounds, and what is compared is measured side by side. Processor
 //! time is that of all processes of a name on this machine: meaningful where nothing else runs on it.
 
+#![expect(clippy::disallowed_methods, reason = "a benchmark looks at the database by itself")]
+
 mod cpu;
 mod latency;
 mod outbox;

@@ -5,7 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use outbox_relay::{KafkaSettings, PublisherError, Relay, RelaySettings, SESSION, Wake, admin, archive, lane_of};
+use outbox_relay::{
+    Database, KafkaSettings, PoolSettings, PublisherError, Relay, RelaySettings, SESSION, Wake, admin, archive, lane_of,
+};
 use sqlx::{
     AssertSqlSafe, Connection, Executor, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
@@ -69,7 +71,12 @@ impl Outbox {
             fencing: self.fencing,
         };
         let stop = CancellationToken::new();
-        let relay = Relay::new(self.pool.clone(), settings, wake);
+        let pool = PoolSettings {
+            connections: 16,
+            acquire_timeout: Duration::from_secs(30),
+            work_timeout: Duration::from_secs(30),
+        };
+        let relay = Relay::new(Database::new(self.pool.connect_options().as_ref().clone(), pool), settings, wake);
         let task = tokio::spawn(relay.run(stop.clone()));
         RunningRelay { stop, task }
     }

@@ -16,8 +16,8 @@ impl Worker {
         for lane in std::mem::take(&mut self.survived) {
             let suspected = trusted.lanes.get(&lane).is_some_and(|held| held.limit == Some(1));
             if let Some(lane) = trusted.term(lane).filter(|_| suspected) {
-                let mut conn = self.pool.acquire().await?;
-                delivery::trust_more(&mut conn, trusted.relay_id, lane, Some(1)).await?;
+                let relay_id = trusted.relay_id;
+                self.with_connection(async |conn| delivery::trust_more(conn, relay_id, lane, Some(1)).await).await?;
             }
         }
         if self.sent.is_empty() {
@@ -27,8 +27,9 @@ impl Worker {
         lanes.sort_unstable();
         lanes.dedup();
         let terms: Vec<LaneTerm> = lanes.iter().filter_map(|&lane| trusted.term(lane)).collect();
-        let mut conn = self.pool.acquire().await?;
-        let Finished { ids: archived, xid } = delivery::finish(&mut conn, trusted.relay_id, &terms, &self.sent).await?;
+        let Finished { ids: archived, xid } = self
+            .with_connection(async |conn| delivery::finish(conn, trusted.relay_id, &terms, &self.sent).await)
+            .await?;
         fault_points::reached("relay::archived");
         if let Some(xid) = xid {
             self.marks.wrote(xid);
@@ -56,7 +57,8 @@ impl Worker {
             let Some(limit) = trusted.lanes.get(&lane.lane).and_then(|held| held.limit) else { continue };
             let next = limit.saturating_mul(8);
             let next = (next < self.settings.batch as i32).then_some(next);
-            delivery::trust_more(&mut conn, trusted.relay_id, lane, next).await?;
+            let relay_id = trusted.relay_id;
+            self.with_connection(async |conn| delivery::trust_more(conn, relay_id, lane, next).await).await?;
             self.ownership.set_limit(lane.lane, lane.term, next);
         }
         Ok(())
@@ -67,10 +69,8 @@ impl Worker {
     pub(super) async fn park_unsendable(&mut self, trusted: &Trusted) -> Result<(), sqlx::Error> {
         while let Some((row, cause)) = self.unsendable.pop() {
             let Some(lane) = trusted.term(row.lane) else { continue };
-            let parked = async {
-                let mut conn = self.pool.acquire().await?;
-                parking::park(&mut conn, trusted.relay_id, lane, &row, &cause).await
-            };
+            let parked =
+                self.with_connection(async |conn| parking::park(conn, trusted.relay_id, lane, &row, &cause).await);
             match parked.await {
                 // No gap after all, or the row, the block or the lane is gone: look again from the beginning.
                 // Rows that contradict each other may say so for ever, and must not keep the processor busy.

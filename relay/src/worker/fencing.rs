@@ -59,7 +59,8 @@ impl Worker {
             self.abort().await;
             return Ok(false);
         }
-        let name = lanes::fence_name(&mut *self.pool.acquire().await?, self.index).await?;
+        let index = self.index;
+        let name = self.with_connection(async |conn| lanes::fence_name(conn, index).await).await?;
         if let Err(reason) = self.raise_fence(&name).await {
             self.no_fence(&name, &reason);
             self.breaker.failed(Instant::now(), jitter());
@@ -68,8 +69,7 @@ impl Worker {
             self.fence_lines.recovered();
             metrics::gauge!("outbox_fence_wait_seconds", "worker" => self.index.to_string()).set(0.0);
             let terms: Vec<LaneTerm> = trusted.lanes.keys().filter_map(|&lane| trusted.term(lane)).collect();
-            let mut conn = self.pool.acquire().await?;
-            let lost = delivery::lost(&mut conn, trusted.relay_id, &terms).await?;
+            let lost = self.with_connection(async |conn| delivery::lost(conn, trusted.relay_id, &terms).await).await?;
             if lost.is_empty() {
                 self.fence = Fence::Up;
             }

@@ -5,9 +5,10 @@ use std::{
     time::Instant,
 };
 
+use sqlx::PgConnection;
 use tokio::time::timeout_at;
 
-use super::{KILLS_TO_PARK, Worker};
+use super::{KILLS_TO_PARK, SILENCE, Worker};
 use crate::{
     breaker::Allowance,
     delivery::{self, ClaimFilter, LaneClaim, PendingRow},
@@ -71,17 +72,19 @@ impl Worker {
             paused_topics: self.topics.names(),
             held_keys: self.keys.names(),
         };
-        let mut conn = self.pool.acquire().await?;
-        let horizon = delivery::horizon(&mut conn).await?;
-        let asked = Instant::now();
-        let oldest_running = (!filter.passes_over_rows()).then_some(horizon.oldest_running);
-        let read = self.marks.next_read(limits, horizon.newest_id, oldest_running, asked);
-        let claimed = delivery::claim(&mut conn, &read.claims, &filter).await;
-        drop(conn);
-        if claimed.is_err() {
-            self.marks.failed(&read, asked.elapsed(), Instant::now());
-        }
-        let mut rows = claimed?;
+        let marks = &mut self.marks;
+        let reading = async |conn: &mut PgConnection| {
+            let horizon = delivery::horizon(conn).await?;
+            let asked = Instant::now();
+            let oldest_running = (!filter.passes_over_rows()).then_some(horizon.oldest_running);
+            let read = marks.next_read(limits, horizon.newest_id, oldest_running, asked);
+            let claimed = delivery::claim(conn, &read.claims, &filter).await;
+            if claimed.is_err() {
+                marks.failed(&read, asked.elapsed(), Instant::now());
+            }
+            Ok::<_, sqlx::Error>((horizon, asked, read, claimed?))
+        };
+        let (horizon, asked, read, mut rows) = self.db.lend(self.settings.lease.max(SILENCE), reading).await?;
         self.marks.took(&read, limits.len(), asked.elapsed(), Instant::now());
         let found = lane_reads(&read.claims, &rows, horizon.newest_id);
         let more = read.claims.len() < limits.len() || found.iter().any(|lane| lane.full);
@@ -147,8 +150,8 @@ impl Worker {
         self.flying = None;
         let alone = timeout_at(trusted.until.into(), self.trials.clone().write_owned()).await;
         let Ok(alone) = alone else { return Ok(Some(vec![])) };
-        let mut conn = self.pool.acquire().await?;
-        match delivery::suspect(&mut conn, trusted.relay_id, lane, row.id).await? {
+        let (relay_id, row_id) = (trusted.relay_id, row.id);
+        match self.with_connection(async |conn| delivery::suspect(conn, relay_id, lane, row_id).await).await? {
             Some(kills) if kills >= KILLS_TO_PARK => {
                 let reason = format!(
                     "the relay died {kills} times while this row alone was in flight; look at its payload and at the relay's last log lines before replaying it"

@@ -105,7 +105,7 @@ impl<'p, F: Flows, S: Subject> Play<'p, F, S> {
         self.deliver().await?;
         let (message, before) = (self.message(what), self.picture().await?);
         self.stage.script.fail_next();
-        let failed = self.stage.sagas.receive(&self.stage.pool, &message).await.is_err();
+        let failed = self.stage.sagas.receive(&self.stage.db, &message).await.is_err();
         ensure(failed && !self.stage.script.take_failure(), || {
             format!("{} should have reached the flow's local part", self.name(what))
         })?;
@@ -145,9 +145,9 @@ impl<'p, F: Flows, S: Subject> Play<'p, F, S> {
     /// As the consumer does it: a panic is the message's, not ours.
     async fn receive(&mut self, message: &Received) -> Verdict<Outcome> {
         self.stage.messages += 1;
-        let (sagas, pool, message) = (self.stage.sagas.clone(), self.stage.pool.clone(), message.clone());
+        let (sagas, db, message) = (self.stage.sagas.clone(), self.stage.db.clone(), message.clone());
         let topic = message.topic.clone();
-        let attempt = tokio::spawn(async move { sagas.receive(&pool, &message).await }).await;
+        let attempt = tokio::spawn(async move { sagas.receive(&db, &message).await }).await;
         let taken_in = attempt.map_err(|panic| format!("a reply on {topic:?} made the flow panic: {panic}"))?;
         Ok(taken_in.map_err(|error| format!("a reply on {topic:?} can't be taken in: {error}"))?)
     }

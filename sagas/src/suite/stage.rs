@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use outbox_relay::{Wake, test_kit::Courier};
+use outbox_relay::{Database, PoolSettings, Wake, test_kit::Courier};
 use sqlx::PgPool;
 use tokio::sync::mpsc;
 
@@ -23,9 +23,16 @@ pub(super) const PARTICIPANT: &str = "suite";
 /// Vain questions before a saga is stuck.
 pub(super) const QUESTIONS: u32 = 2;
 
+/// Two orchestrators at once, and the askers that have died.
+const ORCHESTRATORS: PoolSettings =
+    PoolSettings { connections: 10, acquire_timeout: Duration::from_secs(30), work_timeout: Duration::from_secs(60) };
+
 /// See the module's words.
 pub(super) struct Stage<F, S> {
+    /// The suite's own connections.
     pub pool: PgPool,
+    /// The orchestrator's.
+    pub db: Database,
     pub definition: &'static Definition,
     pub subject: S,
     pub flows: Arc<F>,
@@ -58,6 +65,7 @@ impl<F: Flows, S: Subject> Stage<F, S> {
         let courier = Courier::hire(&mut *pool.acquire().await?).await?;
         Ok(Self {
             pool: pool.clone(),
+            db: Database::new(pool.connect_options().as_ref().clone(), ORCHESTRATORS),
             definition,
             subject,
             flows,

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, thread, time::Duration};
 
+use outbox_relay::Database;
 use rdkafka::{
     ClientConfig, Message,
     consumer::{Consumer, StreamConsumer},
@@ -9,7 +10,6 @@ use rdkafka::{
     message::{BorrowedMessage, Header, Headers, OwnedHeaders},
     producer::{FutureProducer, FutureRecord},
 };
-use sqlx::PgPool;
 use tokio::{
     sync::oneshot,
     time::{sleep, timeout},
@@ -32,7 +32,7 @@ const FAREWELL: Duration = Duration::from_secs(5);
 pub(super) struct CommandConsumer {
     consumer: StreamConsumer,
     producer: FutureProducer,
-    pool: PgPool,
+    db: Database,
     rules: HouseRules,
     topic_prefix: String,
 }
@@ -47,7 +47,7 @@ enum Unanswered {
 }
 
 impl CommandConsumer {
-    pub fn new(settings: &UserServiceSettings, pool: PgPool, rules: HouseRules) -> Result<Self, KafkaError> {
+    pub fn new(settings: &UserServiceSettings, db: Database, rules: HouseRules) -> Result<Self, KafkaError> {
         let mut client = ClientConfig::new();
         client.extend(settings.kafka_client.iter().cloned());
         client.set("bootstrap.servers", &settings.kafka_brokers).set("client.id", "user-service");
@@ -73,7 +73,7 @@ impl CommandConsumer {
             .set("partitioner", "murmur2_random")
             .set("message.timeout.ms", "10000")
             .create()?;
-        Ok(Self { consumer, producer, pool, rules, topic_prefix: settings.topic_prefix.clone() })
+        Ok(Self { consumer, producer, db, rules, topic_prefix: settings.topic_prefix.clone() })
     }
 
     pub async fn run(self, shutdown: CancellationToken) {
@@ -130,8 +130,8 @@ impl CommandConsumer {
 
     async fn answer(&self, command: &Command) -> Result<(), Unanswered> {
         let decided = match &command.order {
-            Order::Create(profile) => profiles::create(&self.pool, command.saga_id, profile, &self.rules).await?,
-            Order::Erase => profiles::erase(&self.pool, command.saga_id, command.user_id).await?,
+            Order::Create(profile) => profiles::create(&self.db, command.saga_id, profile.clone(), &self.rules).await?,
+            Order::Erase => profiles::erase(&self.db, command.saga_id, command.user_id).await?,
         };
         let answer = Answer::to(command, &decided);
         let headers = answer

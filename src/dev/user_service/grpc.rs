@@ -11,7 +11,7 @@ use auth_proto::{
         user_service_server::{UserService, UserServiceServer},
     },
 };
-use sqlx::PgPool;
+use outbox_relay::Database;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -23,13 +23,13 @@ use super::profiles::{self, HouseRules, Profile, Refusal};
 /// Answers calls.
 #[derive(Debug, Clone)]
 pub(super) struct Calls {
-    pool: PgPool,
+    db: Database,
     rules: HouseRules,
 }
 
 impl Calls {
-    pub fn new(pool: PgPool, rules: HouseRules) -> Self {
-        Self { pool, rules }
+    pub fn new(db: Database, rules: HouseRules) -> Self {
+        Self { db, rules }
     }
 
     pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) {
@@ -48,7 +48,7 @@ impl Calls {
 impl UserService for Calls {
     async fn get_user(&self, request: Request<GetUserRequest>) -> Result<Response<User>, Status> {
         let user_id = request.into_inner().user_id;
-        let profile = profiles::find(&self.pool, user_id).await.map_err(away)?;
+        let profile = profiles::find(&self.db, user_id).await.map_err(away)?;
         let profile = profile.ok_or_else(|| Status::not_found("there is no profile for this user"))?;
         Ok(Response::new(user(profile)))
     }
@@ -57,7 +57,7 @@ impl UserService for Calls {
         let CreateUserRequest { user_id, username, email, saga_id } = request.into_inner();
         let saga_id: Uuid = saga_id.parse().map_err(|_| Status::invalid_argument("saga_id must be a UUID"))?;
         let profile = Profile { user_id, username, email, saga_id: Some(saga_id) };
-        let decided = profiles::create(&self.pool, saga_id, &profile, &self.rules).await.map_err(away)?;
+        let decided = profiles::create(&self.db, saga_id, profile.clone(), &self.rules).await.map_err(away)?;
         match decided.refusal {
             None => Ok(Response::new(CreateUserResponse { user: Some(user(profile)) })),
             Some(reason) => Err(Status::failed_precondition(reason)),
@@ -72,7 +72,7 @@ impl AuthUser for Calls {
         let LegacyRequest { id, username, email } = request.into_inner();
         let user_id = i64::from(id);
         let profile = Profile { user_id, username, email, saga_id: None };
-        match profiles::create_without_saga(&self.pool, &profile, &self.rules).await.map_err(away)? {
+        match profiles::create_without_saga(&self.db, profile, &self.rules).await.map_err(away)? {
             Ok(()) => Ok(Response::new(LegacyResponse { code: 0 })),
             Err(refusal @ Refusal::Present) => Err(Status::already_exists(refusal.to_string())),
             Err(refusal) => Err(Status::failed_precondition(refusal.to_string())),

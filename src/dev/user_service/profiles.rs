@@ -1,7 +1,8 @@
 //! The decisions, and the tables they are kept in. Each decision is one transaction.
 
 use chrono::{DateTime, Utc};
-use sqlx::{PgConnection, PgPool};
+use outbox_relay::Database;
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 /// A profile as it is kept.
@@ -55,75 +56,90 @@ impl HouseRules {
 }
 
 /// Safe when several replicas start at once.
-pub(super) async fn create_tables(pool: &PgPool) -> Result<(), sqlx::Error> {
-    let mut tx = pool.begin().await?;
-    sqlx::query("select pg_advisory_xact_lock(hashtext('user-service tables'))").execute(&mut *tx).await?;
-    sqlx::raw_sql(include_str!("schema.sql")).execute(&mut *tx).await?;
-    tx.commit().await
+pub(super) async fn create_tables(db: &Database) -> Result<(), sqlx::Error> {
+    db.transaction(|conn| {
+        Box::pin(async move {
+            sqlx::query("select pg_advisory_xact_lock(hashtext('user-service tables'))").execute(&mut *conn).await?;
+            sqlx::raw_sql(include_str!("schema.sql")).execute(conn).await?;
+            Ok(())
+        })
+    })
+    .await
 }
 
-pub(super) async fn find(pool: &PgPool, user_id: i64) -> Result<Option<Profile>, sqlx::Error> {
-    sqlx::query_as("select user_id, username, email, saga_id from profiles where user_id = $1")
-        .bind(user_id)
-        .fetch_optional(pool)
-        .await
+pub(super) async fn find(db: &Database, user_id: i64) -> Result<Option<Profile>, sqlx::Error> {
+    db.run(move |conn| {
+        Box::pin(
+            sqlx::query_as("select user_id, username, email, saga_id from profiles where user_id = $1")
+                .bind(user_id)
+                .fetch_optional(conn),
+        )
+    })
+    .await
 }
 
 /// Answers `user.create` of this saga.
 pub(super) async fn create(
-    pool: &PgPool,
+    db: &Database,
     saga_id: Uuid,
-    profile: &Profile,
+    profile: Profile,
     rules: &HouseRules,
 ) -> Result<Decided, sqlx::Error> {
     const COMMAND: &str = "user.create";
-    let mut tx = pool.begin().await?;
-    one_at_a_time(&mut tx, profile.user_id).await?;
-    if let Some(decided) = earlier(&mut tx, saga_id, COMMAND).await? {
-        return Ok(decided);
-    }
-    let outcome = match rules.check(profile) {
-        Ok(()) => try_insert(&mut tx, profile).await?,
-        refused => refused,
-    };
-    let decided = remember(&mut tx, saga_id, COMMAND, profile.user_id, outcome.err()).await?;
-    tx.commit().await?;
-    Ok(decided)
+    let allowed = rules.check(&profile);
+    db.transaction(move |conn| {
+        Box::pin(async move {
+            one_at_a_time(conn, profile.user_id).await?;
+            if let Some(decided) = earlier(conn, saga_id, COMMAND).await? {
+                return Ok(decided);
+            }
+            let outcome = match allowed {
+                Ok(()) => try_insert(conn, &profile).await?,
+                refused => refused,
+            };
+            remember(conn, saga_id, COMMAND, profile.user_id, outcome.err()).await
+        })
+    })
+    .await
 }
 
 /// Answers `user.delete` of this saga: nothing about the user is left, whether or not there was
 /// anything.
-pub(super) async fn erase(pool: &PgPool, saga_id: Uuid, user_id: i64) -> Result<Decided, sqlx::Error> {
+pub(super) async fn erase(db: &Database, saga_id: Uuid, user_id: i64) -> Result<Decided, sqlx::Error> {
     const COMMAND: &str = "user.delete";
-    let mut tx = pool.begin().await?;
-    one_at_a_time(&mut tx, user_id).await?;
-    if let Some(decided) = earlier(&mut tx, saga_id, COMMAND).await? {
-        return Ok(decided);
-    }
-    sqlx::query("insert into erased_users (user_id) values ($1) on conflict do nothing")
-        .bind(user_id)
-        .execute(&mut *tx)
-        .await?;
-    sqlx::query("delete from profiles where user_id = $1").bind(user_id).execute(&mut *tx).await?;
-    let decided = remember(&mut tx, saga_id, COMMAND, user_id, None).await?;
-    tx.commit().await?;
-    Ok(decided)
+    db.transaction(move |conn| {
+        Box::pin(async move {
+            one_at_a_time(conn, user_id).await?;
+            if let Some(decided) = earlier(conn, saga_id, COMMAND).await? {
+                return Ok(decided);
+            }
+            sqlx::query("insert into erased_users (user_id) values ($1) on conflict do nothing")
+                .bind(user_id)
+                .execute(&mut *conn)
+                .await?;
+            sqlx::query("delete from profiles where user_id = $1").bind(user_id).execute(&mut *conn).await?;
+            remember(conn, saga_id, COMMAND, user_id, None).await
+        })
+    })
+    .await
 }
 
 /// The original fleet's create, which names no saga.
 pub(super) async fn create_without_saga(
-    pool: &PgPool,
-    profile: &Profile,
+    db: &Database,
+    profile: Profile,
     rules: &HouseRules,
 ) -> Result<Result<(), Refusal>, sqlx::Error> {
-    if let Err(refusal) = rules.check(profile) {
+    if let Err(refusal) = rules.check(&profile) {
         return Ok(Err(refusal));
     }
-    let mut tx = pool.begin().await?;
-    one_at_a_time(&mut tx, profile.user_id).await?;
-    let created = try_insert(&mut tx, profile).await?;
-    tx.commit().await?;
-    Ok(created)
+    db.transaction(move |conn| {
+        Box::pin(async move {
+            one_at_a_time(conn, profile.user_id).await?;
+            try_insert(conn, &profile).await
+        })
+    })
+    .await
 }
 
 /// A create and an erasure of one user can come at the same moment, one by gRPC and one by Kafka.

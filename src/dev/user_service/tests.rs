@@ -13,6 +13,7 @@ use rdkafka::{
     producer::{FutureProducer, FutureRecord},
 };
 use serde_json::{Value, json};
+use sqlx::PgPool;
 use tokio::time::timeout;
 use tonic::Code;
 use uuid::Uuid;

@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use outbox_relay::{KafkaSettings, NewMessage, Relay, RelaySettings, SESSION, Wake, append, lane_of};
+use outbox_relay::{
+    Database, KafkaSettings, NewMessage, PoolSettings, Relay, RelaySettings, SESSION, Wake, append, lane_of,
+};
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -72,7 +74,11 @@ impl Outbox {
     /// A relay whose settings are changed.
     pub fn relay_with(&self, name: &str, change: impl FnOnce(&mut RelaySettings)) -> RunningRelay {
         let options = (*self.pool.connect_options()).clone().options(SESSION);
-        let pool = PgPoolOptions::new().max_connections(12).connect_lazy_with(options);
+        let pool = PoolSettings {
+            connections: 12,
+            acquire_timeout: Duration::from_secs(30),
+            work_timeout: Duration::from_secs(30),
+        };
         let mut settings = RelaySettings {
             name: name.to_owned(),
             kafka: KafkaSettings { brokers: PARTS.brokers(), client: vec![] },
@@ -84,7 +90,7 @@ impl Outbox {
         };
         change(&mut settings);
         let stop = CancellationToken::new();
-        let relay = Relay::new(pool, settings, Wake::default());
+        let relay = Relay::new(Database::new(options, pool), settings, Wake::default());
         let stopping = stop.clone();
         let task = tokio::spawn(async move { relay.run(stopping).await.unwrap() });
         RunningRelay { stop, task }

@@ -61,8 +61,8 @@ impl<F: Flows, S: Subject> Play<'_, F, S> {
     }
 
     fn start_sweep(&self) -> JoinHandle<Result<usize, SagaError>> {
-        let (sagas, pool) = (self.stage.sagas.clone(), self.stage.pool.clone());
-        tokio::spawn(async move { sagas.sweep(&pool, &mut SweepCursor::default()).await })
+        let (sagas, db) = (self.stage.sagas.clone(), self.stage.db.clone());
+        tokio::spawn(async move { sagas.sweep(&db, &mut SweepCursor::default()).await })
     }
 
     /// The question the sweep asks about this saga, if it asks one. Sagas of cases that failed may be
