@@ -1,18 +1,24 @@
 //! Accounts: registered, signed in to, looked at, and taken back.
 
+mod failures;
 mod login;
 mod outcome;
 mod registration;
 
+use serde_json::json;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::{
     app::App,
-    db::users,
+    db::{
+        audit::{self, NewLine, Outcome},
+        users,
+    },
     domain::{User, UserId},
 };
 
+pub use failures::FailedLogins;
 pub use login::{LoggedIn, LoginError, login};
 pub use registration::{NewAccount, RegisterError, Registered, register};
 
@@ -36,9 +42,33 @@ pub async fn get_account(app: &App, id: UserId) -> Result<Option<User>, sqlx::Er
     app.db.run(move |conn| Box::pin(users::find(conn, id))).await
 }
 
-/// Notes that the user's address is its own. Repeated, it changes nothing.
-pub async fn mark_verified(app: &App, id: UserId) -> Result<Option<User>, sqlx::Error> {
-    app.db.run(move |conn| Box::pin(users::mark_verified(conn, id))).await
+/// Notes that the user's address is its own, on the word of `caller`, and leaves a line in the audit
+/// log. Repeated, it changes nothing and leaves none.
+///
+/// A user that is still pending is marked like any other: whose an address is does not hang on the
+/// profile, which may take as long as Kafka is away, and a link in an e-mail is followed once. If the
+/// registration is taken back, the mark goes with it.
+pub async fn mark_verified(app: &App, id: UserId, caller: &str) -> Result<Option<User>, sqlx::Error> {
+    let caller = caller.to_owned();
+    let marked = app.db.transaction(move |conn| {
+        Box::pin(async move {
+            let Some(user) = users::mark_verified(conn, id).await? else {
+                return users::find(conn, id).await;
+            };
+            let line = NewLine {
+                actor: &caller,
+                action: "account.mark-verified",
+                target: &format!("user {id}"),
+                reason: None,
+                outcome: Outcome::Done,
+                detail: &json!({ "status": user.status.as_str() }),
+            };
+            audit::insert(conn, &line).await?;
+            tracing::info!(caller, user.id = %id, "a caller marked an account as verified");
+            Ok(Some(user))
+        })
+    });
+    marked.await
 }
 
 /// The create saga has completed, in whose transaction this runs. `false` when the user is not

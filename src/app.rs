@@ -18,6 +18,7 @@ use tokio::net::TcpListener;
 use tokio_util::task::TaskTracker;
 
 use crate::{
+    accounts::FailedLogins,
     admin,
     config::Config,
     crypto::{Hasher, TokenSigner},
@@ -49,6 +50,8 @@ pub struct Shared {
     pub hasher: Hasher,
     /// Signs and verifies tokens.
     pub signer: TokenSigner,
+    /// Passwords that let nobody in, by account.
+    pub failed_logins: FailedLogins,
     /// Sagas.
     pub sagas: Orchestrator<Participants>,
     /// Wakes the relay after a commit.
@@ -154,6 +157,7 @@ impl App {
             hasher: Hasher::new(config.passwords.hasher.clone()).context("password hashing")?,
             signer: config.signer.clone(),
             sagas: Orchestrator::new(settings, SAGAS, participants, wake.clone()),
+            failed_logins: FailedLogins::default(),
             health: Health::default(),
             started: Instant::now(),
             shutdown: Shutdown::default(),

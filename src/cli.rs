@@ -10,11 +10,14 @@ use std::{
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use sqlx::{Connection, PgConnection};
 
 use crate::{
     app::{self, Role},
     config::{self, Config, ConfigErrors, Profile},
-    crypto, migrations,
+    crypto,
+    db::{self, users::SharedName},
+    migrations,
     outbox_command::OutboxCommand,
     shutdown, telemetry,
 };
@@ -232,6 +235,15 @@ async fn migrate() -> Result<ExitCode, Failure> {
         0 => println!("the schema is up to date"),
         applied => println!("applied {applied} migration(s); the schema is up to date"),
     }
+    let mut conn = PgConnection::connect_with(&database.options).await.context("looking for shared names")?;
+    for SharedName { name, username_of, email_of } in db::users::shared_names(&mut conn).await? {
+        eprintln!(
+            "warning: {name} is the username of user {username_of} and the e-mail address of user {email_of}. Both keep \
+             it, and a login by it is user {email_of}'s; rename user {username_of} to end that. New accounts can't \
+             get into this state."
+        );
+    }
+    conn.close().await?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -9,14 +9,32 @@
 //! - Whoever lost the answer gets it again for as long as the reuse window is open. A token that was
 //!   replaced longer ago ends its session, and only that one; the end is committed although the call
 //!   fails.
+//! - The window opens when the new generation can be seen by others, not when it is written: its
+//!   COMMIT may hang for minutes (a synchronous standby is away) while the client tries again. And a
+//!   token is as old as it was when its request arrived, however long that waited here.
 //! - A database that does not answer is never mistaken for a session that is over.
+//! - One clock decides, the database's.
+//!
+//! # Since when a generation can be seen
+//!
+//! PostgreSQL does not tell when a transaction became visible, so somebody has to say it who knows:
+//! the refresh itself, in a statement behind its COMMIT, or else the first request that reads the
+//! row. Until then the token before is good. A thief who holds such a token gains what he would have
+//! gained a moment earlier, before it was replaced, and not more: his request is the one that reads
+//! the row, and opens the window. From then on his and the owner's next turns lie as far apart as
+//! ever, and the later one gives both away. He can't bring that state about either: it takes a process
+//! or a database that fails between two statements of ours.
 //!
 //! A token of the replaced service counts as generation 0 of the session its row became.
 
+mod carried;
 mod error;
+mod look;
 mod presented;
 
-use chrono::Utc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -24,11 +42,11 @@ use crate::{
     app::App,
     crypto::{SignedToken, TokenError, TokenSigner},
     db::sessions::{self, Found, NewSession, NewToken},
-    domain::{AccessClaims, Session, User, UserId, UserStatus},
+    domain::{AccessClaims, RefreshDecision, Session, User, UserId, UserStatus},
 };
-use error::refused;
-use presented::{Good, Presented, look};
+use look::{Seen, SeenRefresh, Tokens};
 
+pub use carried::{Arrived, Carried};
 pub use error::{Over, SessionError};
 
 /// Sessions a user may have at once. Signing in once more ends the oldest.
@@ -41,6 +59,8 @@ pub struct TokenPair {
     pub access: SignedToken,
     /// For new tokens.
     pub refresh: SignedToken,
+    /// The database's time when they were handed out.
+    pub at: DateTime<Utc>,
 }
 
 /// A refreshed session.
@@ -52,6 +72,26 @@ pub struct Refreshed {
     pub tokens: TokenPair,
     /// The presented token had been replaced a moment ago; this is its successor once more.
     pub reissued: bool,
+}
+
+/// A new access token alone.
+#[derive(Debug)]
+pub struct Renewed {
+    /// Whose it is.
+    pub user: User,
+    /// The token.
+    pub access: SignedToken,
+    /// The database's time when it was handed out.
+    pub at: DateTime<Utc>,
+}
+
+/// Who asks.
+#[derive(Debug)]
+pub enum SignedIn {
+    /// By a good access token.
+    ByAccess(User),
+    /// By a refresh token, for want of a good access token.
+    Renewed(Renewed),
 }
 
 /// An access token that is good.
@@ -75,7 +115,18 @@ pub enum LogoutScope {
     All,
 }
 
-/// Opens a session in the caller's transaction.
+impl LogoutScope {
+    fn as_str(self) -> &'static str {
+        match self {
+            LogoutScope::This => "this",
+            LogoutScope::Others => "others",
+            LogoutScope::All => "all",
+        }
+    }
+}
+
+/// Opens a session in the caller's transaction, which holds the user: see
+/// [`hold`](crate::db::users::hold). Beyond [`SESSIONS_PER_USER`] the oldest ends.
 pub async fn open(
     conn: &mut PgConnection,
     signer: &TokenSigner,
@@ -83,138 +134,253 @@ pub async fn open(
     user_id: UserId,
     user_agent: Option<&str>,
 ) -> Result<Session, sqlx::Error> {
-    let new = NewSession {
-        session_id,
-        user_id,
-        token: next_token(signer),
-        absolute_expires_at: Utc::now() + signer.settings().session_ttl,
-        user_agent,
-    };
-    sessions::insert(conn, &new).await
+    let new =
+        NewSession { session_id, user_id, token: next_token(signer), life: signer.settings().session_ttl, user_agent };
+    let session = sessions::insert(conn, &new).await?;
+    keep_within_cap(conn, user_id).await?;
+    Ok(session)
 }
 
-/// Both tokens of a session as its row stands.
-pub fn tokens(signer: &TokenSigner, user: &User, session: &Session) -> Result<TokenPair, TokenError> {
-    Ok(TokenPair { access: signer.sign_access(user, session, Utc::now())?, refresh: signer.sign_refresh(session)? })
+async fn keep_within_cap(conn: &mut PgConnection, user_id: UserId) -> Result<(), sqlx::Error> {
+    let ended = sessions::revoke_oldest(conn, user_id, SESSIONS_PER_USER, "too many sessions").await?;
+    if ended > 0 {
+        tracing::info!(user.id = %user_id, ended, "the oldest sessions of a user were ended: there were too many");
+        metrics::counter!("auth_sessions_capped_total").increment(ended);
+    }
+    Ok(())
+}
+
+/// Both tokens of a session as its row stands, handed out at `now` by the database's clock.
+pub fn tokens(
+    signer: &TokenSigner,
+    user: &User,
+    session: &Session,
+    now: DateTime<Utc>,
+) -> Result<TokenPair, TokenError> {
+    Ok(TokenPair { access: signer.sign_access(user, session, now)?, refresh: signer.sign_refresh(session)?, at: now })
 }
 
 /// Replaces a refresh token by its successor.
-pub async fn refresh(app: &App, presented: &str) -> Result<Refreshed, SessionError> {
-    let presented = Presented::read(&app.signer, presented)?;
-    let signer = app.signer.clone();
-    let replaced = app.db.run(move |conn| {
-        Box::pin(async move {
-            Ok::<_, sqlx::Error>(match presented.replace(conn, &signer).await? {
-                Some(found) => (Ok(found), false),
-                None => match look(conn, &signer, &presented).await? {
-                    // Current, and yet it was not replaced: its last second has just gone by.
-                    Ok(Good { current: true, .. }) => (Err(Over::Expired), false),
-                    Ok(Good { found, .. }) => (Ok(found), true),
-                    Err(over) => (Err(over), false),
-                },
-            })
-        })
-    });
-    let (found, reissued) = replaced.await?;
-    let outcome = match &found {
-        Ok(_) if reissued => "reissued",
-        Ok(_) => "rotated",
+pub async fn refresh(app: &App, carried: &Carried) -> Result<Refreshed, SessionError> {
+    let tokens = Tokens::read(&app.signer, carried)?;
+    let replaced = match tokens.any() {
+        Ok(()) => {
+            let signer = app.signer.clone();
+            app.db.run(move |conn| Box::pin(async move { replace(conn, &signer, &tokens).await })).await?
+        }
+        Err(over) => Err(over),
+    };
+    let outcome = match &replaced {
+        Ok((_, true)) => "reissued",
+        Ok((_, false)) => "rotated",
         Err(over) => over.code(),
     };
     metrics::counter!("auth_refresh_total", "outcome" => outcome).increment(1);
-    let Found { session, user, .. } = found.map_err(SessionError::Over)?;
-    let tokens = tokens(&app.signer, &user, &session).map_err(SessionError::Signing)?;
+    let (Found { session, user, now, .. }, reissued) = replaced.map_err(|over| refused("refresh", over))?;
+    let tokens = self::tokens(&app.signer, &user, &session, now).map_err(SessionError::Signing)?;
     Ok(Refreshed { user, tokens, reissued })
+}
+
+/// The session as it goes on, and whether that had been decided before.
+async fn replace(
+    conn: &mut PgConnection,
+    signer: &TokenSigner,
+    tokens: &Tokens,
+) -> Result<Result<(Found, bool), Over>, sqlx::Error> {
+    // Nearly always there is one token, and it is the current one.
+    if let [only] = tokens.refresh.as_slice()
+        && let Some(found) = only.replace(conn, signer, tokens.waited()).await?
+    {
+        say_seen(conn, &found).await;
+        return Ok(Ok((found, false)));
+    }
+    // Another request may always be faster between two statements. The one after it finds what it made.
+    for _ in 0..3 {
+        let seen = tokens.look(conn, signer.settings().reuse_window).await?;
+        if let Err(over) = seen.one_user() {
+            return Ok(Err(over));
+        }
+        let Some(SeenRefresh { presented, found, decision }) = seen.good_refresh().next() else {
+            return Ok(Err(seen.refuse(conn).await?));
+        };
+        if *decision == RefreshDecision::Reissue {
+            say_seen(conn, found).await;
+            return Ok(Ok((found.clone(), true)));
+        }
+        if let Some(found) = presented.replace(conn, signer, tokens.waited()).await? {
+            say_seen(conn, &found).await;
+            return Ok(Ok((found, false)));
+        }
+    }
+    // Current, and yet it can't be replaced: its last second has just gone by.
+    Ok(Err(Over::Expired))
+}
+
+/// Opens the reuse window of a generation that is known to be committed. A failure is none of the
+/// client's: the next request that looks opens it.
+async fn say_seen(conn: &mut PgConnection, found: &Found) {
+    let session = &found.session;
+    if session.generation == 0 || session.rotated_at.is_some() {
+        return;
+    }
+    if let Err(error) = sessions::mark_seen(conn, session.session_id, session.jti).await {
+        tracing::warn!(session.id = %session.session_id, %error, "the reuse window of a refresh was not opened yet");
+    }
 }
 
 /// A new access token, without replacing the refresh token: for those who could not be handed its
 /// successor.
-pub async fn access_from_refresh(app: &App, presented: &str) -> Result<(User, SignedToken), SessionError> {
-    let presented = Presented::read(&app.signer, presented)?;
-    let signer = app.signer.clone();
-    let found = app.db.run(move |conn| Box::pin(async move { look(conn, &signer, &presented).await })).await?;
-    let Found { session, user, .. } = found.map_err(SessionError::Over)?.found;
-    let access = app.signer.sign_access(&user, &session, Utc::now()).map_err(SessionError::Signing)?;
-    Ok((user, access))
+pub async fn access_from_refresh(app: &App, carried: &Carried) -> Result<Renewed, SessionError> {
+    let tokens = Tokens::read(&app.signer, carried)?;
+    tokens.any().map_err(|over| refused("renewal", over))?;
+    let reuse_window = app.signer.settings().reuse_window;
+    let found = app.db.run(move |conn| {
+        Box::pin(async move {
+            let seen = tokens.look(conn, reuse_window).await?;
+            one_by_refresh(conn, &seen).await
+        })
+    });
+    renewed(app, found.await?.map_err(|over| refused("renewal", over))?)
 }
 
-/// Checks an access token, and that its session and user are still there.
-pub async fn validate(app: &App, access: &str) -> Result<Validated, SessionError> {
-    let claims = app.signer.verify_access(access).map_err(refused)?;
-    let found = app.db.run(move |conn| Box::pin(sessions::find(conn, claims.sid))).await?;
-    match found {
-        // The session's own expiry is the refresh token's; this token has one of its own.
-        Some(Found { session, user, .. })
-            if session.revoked_at.is_none() && may_sign_in(&user) && i64::from(user.id.0) == claims.id =>
-        {
-            Ok(Validated { claims, user })
+async fn one_by_refresh(conn: &mut PgConnection, seen: &Seen<'_>) -> Result<Result<Found, Over>, sqlx::Error> {
+    if let Err(over) = seen.one_user() {
+        return Ok(Err(over));
+    }
+    let good = seen.good_refresh().next().map(|seen| seen.found.clone());
+    match good {
+        Some(found) => {
+            say_seen(conn, &found).await;
+            Ok(Ok(found))
         }
-        _ => Err(SessionError::Over(Over::Ended)),
+        None => Ok(Err(seen.refuse(conn).await?)),
     }
 }
 
-/// Ends sessions. Either token says whose: the refresh token, else the access token.
-pub async fn logout(
-    app: &App,
-    refresh: Option<&str>,
-    access: Option<&str>,
-    scope: LogoutScope,
-) -> Result<(), SessionError> {
-    let held = match refresh.map(|token| Presented::read(&app.signer, token)) {
-        Some(Ok(presented)) => Some(presented),
-        Some(Err(_)) | None => None,
-    };
-    let claims = access.and_then(|token| app.signer.verify_access(token).ok());
-    let signer = app.signer.clone();
-    let ended = app.db.run(move |conn| {
-        Box::pin(async move {
-            let by_refresh = match &held {
-                Some(presented) => look(conn, &signer, presented).await?,
-                None => Err(Over::NoToken),
-            };
-            let by_access = match (&by_refresh, &claims) {
-                (Err(_), Some(claims)) => sessions::find(conn, claims.sid).await?,
-                _ => None,
-            };
-            let found = match by_refresh {
-                Ok(good) => good.found,
-                // Its session is over by now, which is what was asked for.
-                Err(Over::Reused) if scope == LogoutScope::This => return Ok::<_, sqlx::Error>(true),
-                Err(_) => match by_access {
-                    Some(found) if found.session.revoked_at.is_none() => found,
-                    _ => return Ok(false),
-                },
-            };
-            let (user_id, session_id) = (found.user.id, found.session.session_id);
-            match scope {
-                LogoutScope::This => sessions::revoke(conn, session_id, "logout").await?,
-                LogoutScope::Others => {
-                    sessions::revoke_all(conn, user_id, Some(session_id), "logout of others").await? > 0
-                }
-                LogoutScope::All => sessions::revoke_all(conn, user_id, None, "logout everywhere").await? > 0,
-            };
-            Ok(true)
-        })
-    });
-    if ended.await? { Ok(()) } else { Err(SessionError::Over(Over::NoToken)) }
+fn renewed(app: &App, found: Found) -> Result<Renewed, SessionError> {
+    let Found { session, user, now: at, .. } = found;
+    let access = app.signer.sign_access(&user, &session, at).map_err(SessionError::Signing)?;
+    Ok(Renewed { user, access, at })
 }
 
-/// Ends the session of a refresh token that a new sign-in takes the place of, in the caller's
+/// Who asks: by a good access token, else by a refresh token, from which a new access token is made.
+pub async fn signed_in(app: &App, carried: &Carried) -> Result<SignedIn, SessionError> {
+    let tokens = Tokens::read(&app.signer, carried)?;
+    tokens.any().map_err(|over| refused("me", over))?;
+    let reuse_window = app.signer.settings().reuse_window;
+    let found = app.db.run(move |conn| {
+        Box::pin(async move {
+            let seen = tokens.look(conn, reuse_window).await?;
+            Ok::<_, sqlx::Error>(match seen.one_user().map(|()| seen.access.first()) {
+                Ok(Some((_, found))) => Ok((found.clone(), true)),
+                Ok(None) => one_by_refresh(conn, &seen).await?.map(|found| (found, false)),
+                Err(over) => Err(over),
+            })
+        })
+    });
+    match found.await?.map_err(|over| refused("me", over))? {
+        (found, true) => Ok(SignedIn::ByAccess(found.user)),
+        (found, false) => renewed(app, found).map(SignedIn::Renewed),
+    }
+}
+
+/// Checks an access token, and that its session and user are still there.
+pub async fn validate(app: &App, carried: &Carried) -> Result<Validated, SessionError> {
+    let tokens = Tokens::read(&app.signer, carried)?;
+    tokens.any().map_err(|over| refused("validation", over))?;
+    let reuse_window = app.signer.settings().reuse_window;
+    let validated = app.db.run(move |conn| {
+        Box::pin(async move {
+            let seen = tokens.look(conn, reuse_window).await?;
+            Ok::<_, sqlx::Error>(match seen.access.first() {
+                Some((claims, found)) => Ok(Validated { claims: (*claims).clone(), user: found.user.clone() }),
+                None => Err(seen.refuse(conn).await?),
+            })
+        })
+    });
+    validated.await?.map_err(|over| refused("validation", over))
+}
+
+/// Ends the sessions that the request's good tokens name, or others of their users.
+///
+/// A refresh token that was replaced long ago names its session too, but only to end it: it comes
+/// from the owner or from a thief.
+pub async fn logout(app: &App, carried: &Carried, scope: LogoutScope) -> Result<(), SessionError> {
+    let tokens = Tokens::read(&app.signer, carried)?;
+    let ended = match tokens.any() {
+        Ok(()) => {
+            let reuse_window = app.signer.settings().reuse_window;
+            app.db.run(move |conn| Box::pin(async move { end(conn, reuse_window, &tokens, scope).await })).await?
+        }
+        Err(over) => Err(over),
+    };
+    let outcome = if ended.is_ok() { "ended" } else { "nothing" };
+    metrics::counter!("auth_logouts_total", "outcome" => outcome, "scope" => scope.as_str()).increment(1);
+    match ended {
+        Ok(_) => Ok(()),
+        Err(over) => {
+            tracing::info!(reason = over.code(), scope = scope.as_str(), "a logout named no session");
+            Err(SessionError::Over(Over::NoToken))
+        }
+    }
+}
+
+async fn end(
+    conn: &mut PgConnection,
+    reuse_window: Duration,
+    tokens: &Tokens,
+    scope: LogoutScope,
+) -> Result<Result<(), Over>, sqlx::Error> {
+    let seen = tokens.look(conn, reuse_window).await?;
+    let named: Vec<Uuid> = seen.good().map(|found| found.session.session_id).collect();
+    let users: Vec<UserId> = seen.good().map(|found| found.user.id).collect();
+    if named.is_empty() {
+        return Ok(match seen.refuse(conn).await? {
+            // Its session is over by now, which is what was asked for.
+            Over::Reused if scope == LogoutScope::This => Ok(()),
+            over => Err(over),
+        });
+    }
+    let ended = match scope {
+        LogoutScope::This => sessions::revoke(conn, &named, "logout").await?,
+        LogoutScope::Others => sessions::revoke_all(conn, &users, &named, "logout of others").await?,
+        LogoutScope::All => sessions::revoke_all(conn, &users, &[], "logout everywhere").await?,
+    };
+    for found in seen.good() {
+        tracing::info!(
+            session.id = %found.session.session_id, user.id = %found.user.id, scope = scope.as_str(), ended,
+            "logged out"
+        );
+    }
+    Ok(Ok(()))
+}
+
+/// Ends the sessions of the refresh tokens that a new sign-in takes the place of, in the caller's
 /// transaction. A token that is not good names no session, and nothing happens.
-pub async fn replace_held(conn: &mut PgConnection, signer: &TokenSigner, presented: &str) -> Result<(), sqlx::Error> {
-    let Ok(presented) = Presented::read(signer, presented) else {
+pub async fn replace_held(conn: &mut PgConnection, signer: &TokenSigner, carried: &Carried) -> Result<(), sqlx::Error> {
+    let Ok(tokens) = Tokens::read(signer, carried) else {
         return Ok(());
     };
-    if let Some(found) = presented.find(conn).await? {
-        sessions::revoke(conn, found.session.session_id, "replaced by a new login").await?;
+    let named = tokens.look(conn, signer.settings().reuse_window).await?.named_by_refresh();
+    if !named.is_empty() {
+        sessions::revoke(conn, &named, "replaced by a new login").await?;
     }
     Ok(())
 }
 
 /// The session at `session_id` and its user, if both are still good.
-pub async fn live(conn: &mut PgConnection, session_id: Uuid) -> Result<Option<Session>, sqlx::Error> {
+pub async fn live(conn: &mut PgConnection, session_id: Uuid) -> Result<Option<Found>, sqlx::Error> {
     let found = sessions::find(conn, session_id).await?;
-    Ok(found.filter(|found| found.session.is_live(found.now) && may_sign_in(&found.user)).map(|found| found.session))
+    Ok(found.filter(|found| found.session.is_live(found.now) && may_sign_in(&found.user)))
+}
+
+/// Counts a refusal. Where a session is known, the log names it already.
+fn refused(request: &'static str, over: Over) -> SessionError {
+    metrics::counter!("auth_token_refusals_total", "request" => request, "reason" => over.code()).increment(1);
+    if matches!(over, Over::Invalid | Over::TwoUsers) {
+        tracing::info!(request, reason = over.code(), "tokens were refused");
+    }
+    SessionError::Over(over)
 }
 
 /// Whether this user may have sessions. A pending one may: registration signs in at once.
@@ -223,11 +389,5 @@ pub fn may_sign_in(user: &User) -> bool {
 }
 
 fn next_token(signer: &TokenSigner) -> NewToken<'_> {
-    let now = Utc::now();
-    NewToken {
-        jti: Uuid::new_v4(),
-        kid: signer.refresh_kid(),
-        issued_at: now,
-        expires_at: now + signer.settings().refresh_ttl,
-    }
+    NewToken { jti: Uuid::new_v4(), kid: signer.refresh_kid(), life: signer.settings().refresh_ttl }
 }

@@ -3,7 +3,10 @@ use std::{error::Error, time::Duration};
 use secrecy::SecretString;
 use uuid::Uuid;
 
-use super::RequestContext;
+use super::{
+    RequestContext,
+    failures::{self, Failure},
+};
 use crate::{
     app::App,
     crypto::HashError,
@@ -12,7 +15,7 @@ use crate::{
         users::{self, Credentials},
     },
     domain::{Identifier, Password, User},
-    sessions::{self, SESSIONS_PER_USER, TokenPair},
+    sessions::{self, Carried, TokenPair},
 };
 
 /// A login that succeeded.
@@ -44,8 +47,8 @@ pub enum LoginError {
     Unforeseen(#[source] Box<dyn Error + Send + Sync>),
 }
 
-/// Signs a user in. A valid refresh token that the client still holds loses its session to the new
-/// one (`replaced`).
+/// Signs a user in. A session of which the client still holds a refresh token is replaced by the new
+/// one (`held`).
 ///
 /// An unknown name costs the same work as a wrong password, and no connection is held while a
 /// password is hashed.
@@ -53,49 +56,53 @@ pub async fn login(
     app: &App,
     identifier: Option<Identifier>,
     password: SecretString,
-    replaced: Option<&str>,
+    held: &Carried,
     context: &RequestContext,
 ) -> Result<LoggedIn, LoginError> {
-    let known = match identifier {
-        Some(identifier) => app
-            .db
-            .run(move |conn| Box::pin(async move { users::credentials(conn, &identifier).await }))
-            .await?
-            .filter(|known| sessions::may_sign_in(&known.user)),
+    let named = match identifier {
+        Some(identifier) => {
+            app.db.run(move |conn| Box::pin(async move { users::credentials(conn, &identifier).await })).await?
+        }
         None => None,
     };
+    let user_id = named.as_ref().map(|named| named.user.id);
+    let known = named.filter(|named| sessions::may_sign_in(&named.user));
     let stored = known.as_ref().map(|known| known.password_hash.as_str());
     let verdict = app.hasher.verify(&password, stored).await?;
+    let why = match (user_id, &known) {
+        (None, _) => Failure::UnknownUser,
+        (Some(_), None) => Failure::MayNotSignIn,
+        (Some(_), Some(_)) => Failure::WrongPassword,
+    };
     let Some(known) = known.filter(|_| verdict.matches) else {
+        failures::note(app, user_id, why);
         metrics::counter!("auth_logins_total", "outcome" => "refused").increment(1);
         return Err(LoginError::Refused);
     };
     let opened = {
         let (known, signer, agent) = (known.clone(), app.signer.clone(), context.user_agent.clone());
-        let replaced = replaced.map(str::to_owned);
+        let held = held.clone();
         app.db.transaction(move |conn| {
             Box::pin(async move {
                 let Some(user) = users::hold(conn, &known).await? else {
                     return Ok::<_, sqlx::Error>(None);
                 };
-                if let Some(replaced) = replaced {
-                    sessions::replace_held(conn, &signer, &replaced).await?;
-                }
+                sessions::replace_held(conn, &signer, &held).await?;
                 let session = sessions::open(conn, &signer, Uuid::now_v7(), user.id, agent.as_deref()).await?;
-                db::sessions::revoke_oldest(conn, user.id, SESSIONS_PER_USER, "too many sessions").await?;
                 Ok(Some((user, session)))
             })
         })
     };
     // Deleted, or given another password, while this one was being checked.
     let Some((user, session)) = opened.await? else {
+        failures::note(app, user_id, Failure::ChangedMeanwhile);
         return Err(LoginError::Refused);
     };
     if verdict.needs_rehash {
         rehash(app, known, password).await;
     }
-    let tokens =
-        sessions::tokens(&app.signer, &user, &session).map_err(|error| LoginError::Unforeseen(error.into()))?;
+    let tokens = sessions::tokens(&app.signer, &user, &session, session.issued_at)
+        .map_err(|error| LoginError::Unforeseen(error.into()))?;
     metrics::counter!("auth_logins_total", "outcome" => "accepted").increment(1);
     Ok(LoggedIn { user, tokens })
 }

@@ -7,7 +7,11 @@ use sqlx::{Connection, PgConnection};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::{RequestContext, outcome::outcome};
+use super::{
+    RequestContext,
+    failures::{self, Failure},
+    outcome::outcome,
+};
 use crate::{
     app::App,
     crypto::HashError,
@@ -160,6 +164,7 @@ async fn repeat(
     };
     let verdict = app.hasher.verify(valid.password.as_secret(), Some(&created.password_hash)).await?;
     if !verdict.matches {
+        failures::note(app, Some(created.user.id), Failure::WrongPassword);
         return Err(RegisterError::EmailTaken);
     }
     let (signer, agent) = (app.signer.clone(), context.user_agent.clone());
@@ -168,17 +173,21 @@ async fn repeat(
             let Some(user) = users::hold(conn, &created).await? else {
                 return Ok::<_, sqlx::Error>(None);
             };
-            let session = match sessions::live(conn, first_session_id(saga_id)).await? {
-                Some(session) => session,
-                None => sessions::open(conn, &signer, Uuid::now_v7(), user.id, agent.as_deref()).await?,
+            let (session, now) = match sessions::live(conn, first_session_id(saga_id)).await? {
+                Some(found) => (found.session, found.now),
+                None => {
+                    let opened = sessions::open(conn, &signer, Uuid::now_v7(), user.id, agent.as_deref()).await?;
+                    let now = opened.issued_at;
+                    (opened, now)
+                }
             };
-            Ok(Some((user, session)))
+            Ok(Some((user, session, now)))
         })
     });
-    let Some((user, session)) = session.await? else {
+    let Some((user, session, now)) = session.await? else {
         return Err(RegisterError::TakenBack);
     };
-    let tokens = sessions::tokens(&app.signer, &user, &session).map_err(unforeseen)?;
+    let tokens = sessions::tokens(&app.signer, &user, &session, now).map_err(unforeseen)?;
     Ok(Some(Registered { user, saga_id, tokens }))
 }
 
@@ -242,7 +251,7 @@ async fn commit(
         let agent = context.user_agent.as_deref();
         let session = sessions::open(&mut tx, &app.signer, first_session_id(saga_id), user.id, agent).await?;
         // Before the commit, so that a key that refuses to sign leaves nothing behind.
-        let tokens = sessions::tokens(&app.signer, &user, &session).map_err(unforeseen)?;
+        let tokens = sessions::tokens(&app.signer, &user, &session, session.issued_at).map_err(unforeseen)?;
         let new = NewSaga {
             saga_id,
             subject: user.id.to_string(),
@@ -280,8 +289,8 @@ fn unforeseen(error: impl Error + Send + Sync + 'static) -> RegisterError {
 impl From<sqlx::Error> for RegisterError {
     fn from(error: sqlx::Error) -> Self {
         match db::violated(&error) {
-            Some("auth_users_email_unique") => RegisterError::EmailTaken,
-            Some("auth_users_username_unique") => RegisterError::UsernameTaken,
+            Some("auth_users_email_unique" | "auth_users_email_no_username") => RegisterError::EmailTaken,
+            Some("auth_users_username_unique" | "auth_users_username_no_email") => RegisterError::UsernameTaken,
             // Raced by a request under the same key, whose user has been taken back already.
             Some("saga_state_pkey") => RegisterError::TakenBack,
             _ if db::is_away(&error) => RegisterError::Unavailable(error),

@@ -31,7 +31,9 @@ pub struct Credentials {
 /// its COMMIT later.
 ///
 /// Two registrations of one name wait for each other here: the second sees the first's outcome, as
-/// a violation of `auth_users_username_unique` or `auth_users_email_unique` or not at all.
+/// a violation of `auth_users_username_unique` or `auth_users_email_unique` or not at all. A name
+/// that is somebody's address, or the other way round, violates `auth_users_username_no_email` or
+/// `auth_users_email_no_username`.
 pub async fn insert(conn: &mut PgConnection, new: &NewUser<'_>) -> Result<(User, String), sqlx::Error> {
     let row = sqlx::query(
         r#"insert into auth_users
@@ -93,14 +95,15 @@ pub async fn created_by(conn: &mut PgConnection, saga_id: Uuid) -> Result<Option
     .await
 }
 
-/// Keeps the user from being deleted until the transaction ends, provided that it may still sign in
-/// with the password that was checked: while hashing ran, either may have changed.
+/// Keeps the user from being deleted until the transaction ends, and sign-ins of one user apart, or
+/// each would count the sessions without those of the others. Provided that it may still sign in with
+/// the password that was checked: while hashing ran, either may have changed.
 pub async fn hold(conn: &mut PgConnection, checked: &Credentials) -> Result<Option<User>, sqlx::Error> {
     sqlx::query_as(
         r#"select id, username, email, is_verified, status, create_saga_id, "createdAt"
              from auth_users
             where id = $1 and password_hash = $2 and status in ('pending', 'active')
-              for key share"#,
+              for no key update"#,
     )
     .bind(checked.user.id.0)
     .bind(&checked.password_hash)
@@ -122,17 +125,40 @@ pub async fn replace_hash(conn: &mut PgConnection, of: &Credentials, hash: &str)
     Ok(written.rows_affected() == 1)
 }
 
-/// Notes that the address is the user's own. Repeated, it changes nothing.
+/// Notes that the address is the user's own. `None` when that was known, or there is no such user.
 pub async fn mark_verified(conn: &mut PgConnection, id: UserId) -> Result<Option<User>, sqlx::Error> {
     sqlx::query_as(
-        r#"update auth_users
-              set is_verified = true, "updatedAt" = case when is_verified then "updatedAt" else now() end
-            where id = $1
+        r#"update auth_users set is_verified = true, "updatedAt" = now()
+            where id = $1 and not is_verified
         returning id, username, email, is_verified, status, create_saga_id, "createdAt""#,
     )
     .bind(id.0)
     .fetch_optional(conn)
     .await
+}
+
+/// Sign-in names that two users had before names and addresses became one namespace: the username of
+/// the one is the address of the other.
+pub async fn shared_names(conn: &mut PgConnection) -> Result<Vec<SharedName>, sqlx::Error> {
+    sqlx::query_as(
+        r#"select named.username_canonical as name, named.id as username_of, addressed.id as email_of
+             from auth_users named join auth_users addressed on addressed.email_canonical = named.username_canonical
+            where named.id <> addressed.id
+            order by 1 collate "C""#,
+    )
+    .fetch_all(conn)
+    .await
+}
+
+/// See [`shared_names`].
+#[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
+pub struct SharedName {
+    /// As both are found by.
+    pub name: String,
+    /// Whose username it is. This user can't sign in by it.
+    pub username_of: i32,
+    /// Whose address it is.
+    pub email_of: i32,
 }
 
 /// The user's create saga has completed. `false` when the user is not pending in that saga.

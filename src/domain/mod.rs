@@ -14,8 +14,8 @@ mod username;
 pub use email::Email;
 pub use identifier::Identifier;
 pub use password::Password;
-pub use session::{RefreshDecision, Session};
-pub use token::{AccessClaims, LegacyRefreshClaims, RefreshClaims};
+pub use session::{RefreshDecision, RequestTime, Session};
+pub use token::{AccessClaims, CLOCK_LEEWAY, LegacyRefreshClaims, RefreshClaims};
 pub use user::{User, UserId, UserStatus};
 pub use username::Username;
 

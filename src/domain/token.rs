@@ -1,6 +1,12 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::RequestTime;
+
+/// How far the clocks of those who verify access tokens may be behind the database's, in seconds.
+/// `nbf` lies that much before `iat`; a gateway whose clock is further behind refuses new tokens.
+pub const CLOCK_LEEWAY: i64 = 60;
+
 /// What an access token says. `id`, `username` and `email` are what gateways of the original
 /// fleet read; the rest is for everyone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +33,18 @@ pub struct AccessClaims {
     pub nbf: i64,
     /// Valid until, in seconds.
     pub exp: i64,
+}
+
+impl AccessClaims {
+    /// Whether the token's time had passed when the request came.
+    pub fn is_over(&self, time: RequestTime) -> bool {
+        self.exp <= time.arrived_from.timestamp()
+    }
+
+    /// Whether the token comes from a time that is yet to come: no database of ours gave it that.
+    pub fn is_early(&self, time: RequestTime) -> bool {
+        self.nbf.max(self.iat) > time.now.timestamp().saturating_add(CLOCK_LEEWAY)
+    }
 }
 
 /// What a refresh token says: which generation of which session it is.

@@ -40,11 +40,9 @@ impl AccountService for Accounts {
 
     async fn mark_verified(&self, request: Request<MarkVerifiedRequest>) -> Result<Response<Account>, Status> {
         let id = user_id(request.get_ref().user_id)?;
-        let user = accounts::mark_verified(&self.app, id).await.map_err(Refusal::Database)?;
-        let user = user.ok_or(Refusal::UnknownUser)?;
         let caller = request.extensions().get::<Caller>().map_or("nobody", Caller::name);
-        tracing::info!(caller, user.id = %user.id, "a caller marked an account as verified");
-        Ok(Response::new(account(user)))
+        let user = accounts::mark_verified(&self.app, id, caller).await.map_err(Refusal::Database)?;
+        Ok(Response::new(account(user.ok_or(Refusal::UnknownUser)?)))
     }
 }
 

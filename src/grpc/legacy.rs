@@ -7,7 +7,10 @@ use auth_proto::legacy::token::{
 use secrecy::ExposeSecret;
 use tonic::{Request, Response, Status};
 
-use super::{status::Refusal, token::given};
+use super::{
+    status::Refusal,
+    token::{carried, given},
+};
 use crate::{app::App, sessions};
 
 /// The service's full name.
@@ -32,9 +35,8 @@ impl Token for LegacyTokens {
         &self,
         request: Request<RefreshTokenRequest>,
     ) -> Result<Response<RefreshTokenResponse>, Status> {
-        let request = request.into_inner();
-        let (_, access) =
-            sessions::access_from_refresh(&self.app, given(&request.refresh_token)?).await.map_err(Refusal::Session)?;
-        Ok(Response::new(RefreshTokenResponse { access_token: access.token.expose_secret().to_owned() }))
+        let carried = carried(&request).with_refresh(given(&request.get_ref().refresh_token)?);
+        let renewed = sessions::access_from_refresh(&self.app, &carried).await.map_err(Refusal::Session)?;
+        Ok(Response::new(RefreshTokenResponse { access_token: renewed.access.token.expose_secret().to_owned() }))
     }
 }

@@ -91,7 +91,15 @@ mod tests {
 
     #[test]
     fn over_and_away_are_never_confused() {
-        for over in [Over::NoToken, Over::Invalid, Over::Expired, Over::Ended, Over::Reused, Over::AheadOfRecord] {
+        for over in [
+            Over::NoToken,
+            Over::Invalid,
+            Over::Expired,
+            Over::Ended,
+            Over::Reused,
+            Over::AheadOfRecord,
+            Over::TwoUsers,
+        ] {
             let status = Status::from(Refusal::Session(SessionError::Over(over)));
             assert_eq!(status.code(), Code::Unauthenticated, "{over:?}");
             assert_eq!(status.metadata().get(ERROR_CODE).and_then(|word| word.to_str().ok()), Some(over.code()));

@@ -7,13 +7,15 @@ use axum::{extract::Request, middleware::Next, response::Response};
 use tonic::{Code, Status};
 
 use super::status::{ERROR_CODE, Refusal};
+use crate::sessions::Arrived;
 
 /// No call is worked on for longer. Above what a use case waits for its connection and statements.
 const WORK_DEADLINE: Duration = Duration::from_secs(15);
 
 /// The layer.
-pub async fn surround(request: Request, next: Next) -> Response {
+pub async fn surround(mut request: Request, next: Next) -> Response {
     let began = Instant::now();
+    request.extensions_mut().insert(Arrived(began));
     let path = request.uri().path().to_owned();
     let response = match tokio::time::timeout(WORK_DEADLINE, next.run(request)).await {
         Ok(response) => readable(response),

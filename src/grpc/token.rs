@@ -1,10 +1,11 @@
 //! `auth.v1.TokenService`.
 
+use std::time::Instant;
+
 use auth_proto::auth::v1::{
     RefreshAccessTokenRequest, RefreshAccessTokenResponse, ValidateAccessTokenRequest, ValidateAccessTokenResponse,
     token_service_server::{SERVICE_NAME, TokenService},
 };
-use chrono::Utc;
 use prost_types::Timestamp;
 use secrecy::ExposeSecret;
 use tonic::{Request, Response, Status};
@@ -13,7 +14,7 @@ use super::{account::timestamp, status::Refusal};
 use crate::{
     app::App,
     http::cookies,
-    sessions::{self, Over, Refreshed, SessionError, Validated},
+    sessions::{self, Arrived, Carried, Over, Refreshed, SessionError, Validated},
 };
 
 /// The service's full name.
@@ -39,16 +40,22 @@ pub fn given(token: &str) -> Result<&str, Refusal> {
     }
 }
 
+/// A call that brings nothing yet, and when it came.
+pub fn carried<T>(request: &Request<T>) -> Carried {
+    let arrived = request.extensions().get::<Arrived>();
+    Carried::new(arrived.copied().unwrap_or_else(|| Arrived(Instant::now())))
+}
+
 #[tonic::async_trait]
 impl TokenService for Tokens {
     async fn refresh_access_token(
         &self,
         request: Request<RefreshAccessTokenRequest>,
     ) -> Result<Response<RefreshAccessTokenResponse>, Status> {
-        let request = request.into_inner();
+        let carried = carried(&request).with_refresh(given(&request.get_ref().refresh_token)?);
         let Refreshed { tokens, reissued, .. } =
-            sessions::refresh(&self.app, given(&request.refresh_token)?).await.map_err(Refusal::Session)?;
-        let set_cookie = cookies::both(&self.app.config, &tokens, Utc::now());
+            sessions::refresh(&self.app, &carried).await.map_err(Refusal::Session)?;
+        let set_cookie = cookies::both(&self.app.config, &tokens);
         Ok(Response::new(RefreshAccessTokenResponse {
             access_token: tokens.access.token.expose_secret().to_owned(),
             access_token_expires_at: Some(timestamp(tokens.access.expires_at)),
@@ -63,9 +70,8 @@ impl TokenService for Tokens {
         &self,
         request: Request<ValidateAccessTokenRequest>,
     ) -> Result<Response<ValidateAccessTokenResponse>, Status> {
-        let request = request.into_inner();
-        let Validated { claims, user } =
-            sessions::validate(&self.app, given(&request.access_token)?).await.map_err(Refusal::Session)?;
+        let carried = carried(&request).with_access(given(&request.get_ref().access_token)?);
+        let Validated { claims, user } = sessions::validate(&self.app, &carried).await.map_err(Refusal::Session)?;
         Ok(Response::new(ValidateAccessTokenResponse {
             user_id: user.id.0.into(),
             username: user.username,

@@ -12,6 +12,7 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use super::problem;
+use crate::sessions::Arrived;
 
 /// Names the one request.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -45,6 +46,7 @@ pub async fn context(mut request: Request, next: Next) -> Response {
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let correlation_id = ids.correlation_id.clone();
     request.extensions_mut().insert(ids);
+    request.extensions_mut().insert(Arrived(began));
 
     let mut response = async {
         let response = next.run(request).await;

@@ -5,50 +5,58 @@ use std::time::Duration;
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum_extra::extract::cookie::{Cookie, SameSite};
 use chrono::{DateTime, Utc};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 
 use crate::{
     config::{Config, CookiePolicy},
     crypto::SignedToken,
-    sessions::TokenPair,
+    sessions::{Arrived, Carried, TokenPair},
 };
 
 const ACCESS: &str = "accessToken";
 const REFRESH: &str = "refreshToken";
 
-/// The tokens a request carries.
-#[derive(Debug, Default)]
-pub struct Carried {
-    /// From the access cookie.
-    pub access: Option<SecretString>,
-    /// From the refresh cookie.
-    pub refresh: Option<SecretString>,
+/// Reads both cookies, each as often as it comes. The header is read as bytes, cookie by cookie:
+/// browsers send what others have set as it is, and a name or value of theirs that is no text says
+/// nothing about ours. Names are compared as they are (`accesstoken` is another cookie).
+pub fn read(headers: &HeaderMap, policy: CookiePolicy, arrived: Arrived) -> Carried {
+    let (access, refresh) = (full_name(policy, ACCESS), full_name(policy, REFRESH));
+    let mut carried = Carried::new(arrived);
+    for pair in headers.get_all(header::COOKIE).iter().flat_map(|line| line.as_bytes().split(|byte| *byte == b';')) {
+        let Some(equals) = pair.iter().position(|byte| *byte == b'=') else { continue };
+        let (name, value) = (pair[..equals].trim_ascii(), &pair[equals + 1..]);
+        let Some(value) = token(value) else { continue };
+        if name == access.as_bytes() {
+            carried = carried.with_access(value);
+        } else if name == refresh.as_bytes() {
+            carried = carried.with_refresh(value);
+        }
+    }
+    carried
 }
 
-/// A cookie came twice. Which of the two the user's own site set can't be told, so neither counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SentTwice(pub &'static str);
-
-/// Reads both cookies.
-pub fn read(headers: &HeaderMap, policy: CookiePolicy) -> Result<Carried, SentTwice> {
-    Ok(Carried { access: one(headers, policy, ACCESS)?, refresh: one(headers, policy, REFRESH)? })
+/// A cookie's value, if it can be a token at all; quotes around it are not part of it.
+fn token(value: &[u8]) -> Option<&str> {
+    let value = value.trim_ascii();
+    let bare = value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value);
+    let text = std::str::from_utf8(bare).ok()?;
+    (!text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic())).then_some(text)
 }
 
-/// The complete Set-Cookie value for an access token.
+/// The complete Set-Cookie value for an access token. `now` is the database's time, as in the token.
 pub fn access(config: &Config, token: &SignedToken, now: DateTime<Utc>) -> String {
     let life = seconds_left(token, config.tokens.access_ttl, now);
     set(config.http.cookies, ACCESS, token.token.expose_secret(), life)
 }
 
-/// The complete Set-Cookie value for a refresh token.
-pub fn refresh(config: &Config, token: &SignedToken, now: DateTime<Utc>) -> String {
+fn refresh(config: &Config, token: &SignedToken, now: DateTime<Utc>) -> String {
     let life = seconds_left(token, config.tokens.refresh_ttl, now);
     set(config.http.cookies, REFRESH, token.token.expose_secret(), life)
 }
 
 /// The Set-Cookie values of both tokens.
-pub fn both(config: &Config, tokens: &TokenPair, now: DateTime<Utc>) -> [String; 2] {
-    [access(config, &tokens.access, now), refresh(config, &tokens.refresh, now)]
+pub fn both(config: &Config, tokens: &TokenPair) -> [String; 2] {
+    [access(config, &tokens.access, tokens.at), refresh(config, &tokens.refresh, tokens.at)]
 }
 
 /// The Set-Cookie values that take both cookies away: the same attributes, or browsers keep them.
@@ -64,22 +72,6 @@ pub fn append(headers: &mut HeaderMap, cookies: impl IntoIterator<Item = String>
             value.set_sensitive(true);
             headers.append(header::SET_COOKIE, value);
         }
-    }
-}
-
-fn one(headers: &HeaderMap, policy: CookiePolicy, name: &'static str) -> Result<Option<SecretString>, SentTwice> {
-    let wanted = full_name(policy, name);
-    let mut found = headers
-        .get_all(header::COOKIE)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(';'))
-        .filter_map(|pair| pair.trim().split_once('='))
-        .filter(|(name, value)| *name == wanted && !value.is_empty())
-        .map(|(_, value)| value.trim_matches('"'));
-    match (found.next(), found.next()) {
-        (_, Some(_)) => Err(SentTwice(name)),
-        (value, None) => Ok(value.map(SecretString::from)),
     }
 }
 
@@ -130,11 +122,16 @@ mod tests {
         }
     }
 
-    fn carried(policy: CookiePolicy, cookies: &[&str]) -> Result<(Option<String>, Option<String>), SentTwice> {
-        let headers =
-            cookies.iter().map(|cookie| (header::COOKIE, HeaderValue::from_str(cookie).expect("a header"))).collect();
-        let plain = |secret: Option<SecretString>| secret.map(|secret| secret.expose_secret().to_owned());
-        read(&headers, policy).map(|carried| (plain(carried.access), plain(carried.refresh)))
+    fn carried(policy: CookiePolicy, cookies: &[&[u8]]) -> (Vec<String>, Vec<String>) {
+        let lines = cookies.iter().map(|line| (header::COOKIE, HeaderValue::from_bytes(line).expect("a header")));
+        let carried = read(&lines.collect(), policy, Arrived(std::time::Instant::now()));
+        let (access, refresh) = carried.exposed();
+        (access.map(str::to_owned).collect(), refresh.map(str::to_owned).collect())
+    }
+
+    fn some(access: &[&str], refresh: &[&str]) -> (Vec<String>, Vec<String>) {
+        let owned = |tokens: &[&str]| tokens.iter().map(|token| (*token).to_owned()).collect();
+        (owned(access), owned(refresh))
     }
 
     #[test]
@@ -171,21 +168,60 @@ mod tests {
 
     #[test]
     fn both_cookies_are_read_wherever_they_stand() {
-        let both = Ok((Some("a.b.c".to_owned()), Some("d.e.f".to_owned())));
-        assert_eq!(carried(PLAIN, &["x=1; accessToken=a.b.c; refreshToken=d.e.f"]), both);
-        assert_eq!(carried(PLAIN, &["refreshToken=d.e.f", "accessToken=\"a.b.c\""]), both);
-        assert_eq!(carried(PLAIN, &["accessToken=; refreshToken"]), Ok((None, None)));
-        assert_eq!(carried(PLAIN, &[]), Ok((None, None)));
+        let both = some(&["a.b.c"], &["d.e.f"]);
+        for lines in [
+            &[b"x=1; accessToken=a.b.c; refreshToken=d.e.f" as &[u8]] as &[_],
+            &[b"refreshToken=d.e.f" as &[u8], b"accessToken=\"a.b.c\""],
+            &[b"accessToken=a.b.c;refreshToken=d.e.f;"],
+            &[b" accessToken = a.b.c ;; ; =; =x;\trefreshToken=d.e.f\t"],
+        ] {
+            assert_eq!(carried(PLAIN, lines), both, "{lines:?}");
+        }
+        for nothing in
+            [&[] as &[&[u8]], &[b""], &[b"accessToken=; refreshToken"], &[b"accessToken=\"\"; refreshToken= "]]
+        {
+            assert_eq!(carried(PLAIN, nothing), some(&[], &[]), "{nothing:?}");
+        }
+    }
+
+    #[test]
+    fn an_unreadable_cookie_hides_no_other() {
+        for beside in [
+            "theme=d\u{fc}nkel".as_bytes(),
+            b"theme=d\xfcnkel",
+            b"\xff\xfe=\x80",
+            b"accessToken=\xff",
+            b"refreshToken=a b",
+            b"accessToken=\"\"",
+            b"$Version=1",
+            b"{\"a\":1}",
+            b"AccessToken=x; ACCESSTOKEN=y; accesstoken=z",
+            b"xaccessToken=x; accessToken2=x",
+        ] {
+            for line in [[beside, b"; accessToken=a.b.c"].concat(), [b"accessToken=a.b.c; ", beside].concat()] {
+                assert_eq!(carried(PLAIN, &[&line]), some(&["a.b.c"], &[]), "{}", line.escape_ascii());
+            }
+            assert_eq!(carried(PLAIN, &[beside, b"accessToken=a.b.c"]), some(&["a.b.c"], &[]));
+        }
+    }
+
+    #[test]
+    fn a_value_may_hold_equals_signs_and_half_a_quote_is_part_of_it() {
+        assert_eq!(carried(PLAIN, &[b"accessToken=a=b==; refreshToken=\"x"]), some(&["a=b=="], &["\"x"]));
     }
 
     #[test]
     fn the_prefixed_names_alone_count_where_they_are_used() {
-        assert_eq!(carried(STRICT, &["accessToken=x; __Host-accessToken=y"]), Ok((Some("y".to_owned()), None)));
+        assert_eq!(carried(STRICT, &[b"accessToken=x; __Host-accessToken=y"]), some(&["y"], &[]));
+        assert_eq!(carried(PLAIN, &[b"accessToken=x; __Host-accessToken=y"]), some(&["x"], &[]));
     }
 
     #[test]
-    fn a_cookie_that_comes_twice_is_refused() {
-        assert_eq!(carried(PLAIN, &["refreshToken=a; refreshToken=b"]), Err(SentTwice("refreshToken")));
-        assert_eq!(carried(PLAIN, &["accessToken=a", "accessToken=a"]), Err(SentTwice("accessToken")));
+    fn a_cookie_that_comes_more_than_once_is_read_as_often_in_order_and_within_bounds() {
+        assert_eq!(carried(PLAIN, &[b"refreshToken=b; refreshToken=a", b"refreshToken=b"]), some(&[], &["b", "a"]));
+        let foreign = "x=1; ".repeat(5000);
+        assert_eq!(carried(PLAIN, &[format!("{foreign}accessToken=y").as_bytes()]), some(&["y"], &[]));
+        let many: String = (0..5000).map(|n| format!("accessToken={n}; ")).collect();
+        assert_eq!(carried(PLAIN, &[many.as_bytes()]).0.len(), 200);
     }
 }

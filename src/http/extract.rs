@@ -10,12 +10,13 @@ use axum::{
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::Value;
 
-use super::{
-    context::Ids,
-    cookies::{self, Carried, SentTwice},
-    error::ApiError,
+use super::{context::Ids, cookies, error::ApiError};
+use crate::{
+    accounts::RequestContext,
+    app::App,
+    domain::FieldError,
+    sessions::{Arrived, Carried},
 };
-use crate::{accounts::RequestContext, app::App, domain::FieldError};
 
 const MAX_IDEMPOTENCY_KEY: usize = 255;
 const MAX_USER_AGENT: usize = 256;
@@ -126,9 +127,8 @@ impl FromRequestParts<App> for Carried {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        cookies::read(&parts.headers, app.config.http.cookies).map_err(|SentTwice(name)| {
-            ApiError::Validation(vec![FieldError::new(name, "came twice; clear the site's cookies and sign in again")])
-        })
+        let arrived = parts.extensions.get::<Arrived>().copied().ok_or(ApiError::Internal)?;
+        Ok(cookies::read(&parts.headers, app.config.http.cookies, arrived))
     }
 }
 

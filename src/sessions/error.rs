@@ -32,6 +32,8 @@ pub enum Over {
     /// The token is newer than the session's record: the database has lost something. The session
     /// was left as it is.
     AheadOfRecord,
+    /// Good tokens of two users came in one request. Which of them asks can't be told.
+    TwoUsers,
 }
 
 impl Over {
@@ -44,6 +46,7 @@ impl Over {
             Over::Ended => "SESSION_ENDED",
             Over::Reused => "REFRESH_TOKEN_REUSED",
             Over::AheadOfRecord => "SESSION_STATE_MISMATCH",
+            Over::TwoUsers => "TOKENS_OF_TWO_USERS",
         }
     }
 }
@@ -57,15 +60,7 @@ impl fmt::Display for Over {
             Over::Ended => "The session has ended: sign in again",
             Over::Reused => "The token was used before, so the session has been ended: sign in again",
             Over::AheadOfRecord => "The session is not known in this state: sign in again",
+            Over::TwoUsers => "The request carries the tokens of two users: sign out, then sign in again",
         })
-    }
-}
-
-/// What a token that could not be verified means.
-pub(super) fn refused(error: TokenError) -> SessionError {
-    match error {
-        TokenError::Expired => SessionError::Over(Over::Expired),
-        TokenError::Invalid => SessionError::Over(Over::Invalid),
-        error => SessionError::Signing(error),
     }
 }

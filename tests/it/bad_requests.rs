@@ -110,7 +110,7 @@ fn bad_requests() -> Vec<Bad> {
             &[("cookie", "accessToken=eyJhbGciOiJub25lIn0.e30.")],
         ),
         with(
-            bad("a cookie twice", Method::GET, "/auth/me", "", 400, "VALIDATION_ERROR"),
+            bad("two bad cookies", Method::GET, "/auth/me", "", 401, "TOKEN_INVALID"),
             &[("cookie", "accessToken=a; accessToken=b")],
         ),
         bad("no such route", Method::GET, "/auth/nothing", "", 404, "NOT_FOUND"),

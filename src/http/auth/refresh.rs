@@ -1,25 +1,19 @@
-use axum::{extract::State, http::StatusCode, response::Response};
-use chrono::{SecondsFormat, Utc};
-use secrecy::ExposeSecret;
+use axum::{extract::State, http::StatusCode};
+use chrono::SecondsFormat;
 use serde_json::{Value, json};
 
-use super::{Success, me::over};
+use super::Success;
 use crate::{
     app::App,
-    http::{
-        cookies::{self, Carried},
-        extract::Fields,
-    },
-    sessions::{self, Over, SessionError},
+    http::{cookies, error::ApiError, extract::Fields},
+    sessions::{self, Carried},
 };
 
 /// `POST /auth/refresh`, for clients without a gateway; the route is there only where the
-/// configuration asks for it.
-pub async fn refresh(State(app): State<App>, carried: Carried, _: Fields) -> Result<Success<Value>, Response> {
-    let Some(presented) = &carried.refresh else {
-        return Err(over(&app, SessionError::Over(Over::NoToken)));
-    };
-    let refreshed = sessions::refresh(&app, presented.expose_secret()).await.map_err(|refusal| over(&app, refusal))?;
+/// configuration asks for it. A refusal leaves the cookies alone, for the same reason as in
+/// [`me`](super::me).
+pub async fn refresh(State(app): State<App>, carried: Carried, _: Fields) -> Result<Success<Value>, ApiError> {
+    let refreshed = sessions::refresh(&app, &carried).await?;
     let tokens = &refreshed.tokens;
     Ok(Success {
         status: StatusCode::OK,
@@ -28,6 +22,6 @@ pub async fn refresh(State(app): State<App>, carried: Carried, _: Fields) -> Res
             "accessTokenExpiresAt": tokens.access.expires_at.to_rfc3339_opts(SecondsFormat::Secs, true),
             "refreshTokenExpiresAt": tokens.refresh.expires_at.to_rfc3339_opts(SecondsFormat::Secs, true),
         }),
-        cookies: cookies::both(&app.config, tokens, Utc::now()).into(),
+        cookies: cookies::both(&app.config, tokens).into(),
     })
 }

@@ -1,5 +1,4 @@
 use axum::{extract::State, http::StatusCode};
-use chrono::Utc;
 use secrecy::SecretString;
 use serde_json::{Value, json};
 
@@ -32,6 +31,6 @@ pub async fn register(
         status: StatusCode::CREATED,
         message: "User registered successfully",
         data,
-        cookies: cookies::both(&app.config, &registered.tokens, Utc::now()).into(),
+        cookies: cookies::both(&app.config, &registered.tokens).into(),
     })
 }

@@ -1,6 +1,7 @@
 //! What tests stand on.
 
 pub mod browser;
+pub mod gate;
 pub mod kafka;
 pub mod original;
 pub mod outage;

@@ -80,6 +80,12 @@ impl Replica {
         Some(up["http"].as_str().map(|http| format!("http://{http}")))
     }
 
+    /// Where it serves operators, once it is up.
+    pub fn admin(&self) -> String {
+        let up = self.logged("is up").pop().expect("it is up");
+        format!("http://{}", up["admin"].as_str().expect("it serves operators"))
+    }
+
     pub fn pid(&self) -> Option<Pid> {
         Some(Pid::from_raw(self.child.id()?.try_into().expect("a pid")))
     }
