@@ -144,7 +144,7 @@ pub async fn shared_names(conn: &mut PgConnection) -> Result<Vec<SharedName>, sq
         r#"select named.username_canonical as name, named.id as username_of, addressed.id as email_of
              from auth_users named join auth_users addressed on addressed.email_canonical = named.username_canonical
             where named.id <> addressed.id
-            order by 1 collate "C""#,
+            order by named.username_canonical collate "C""#,
     )
     .fetch_all(conn)
     .await

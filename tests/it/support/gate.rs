@@ -65,9 +65,13 @@ async fn pass(
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
         let stopped = *shut.borrow_and_update();
         let counted = waiting.as_ref().filter(|_| stopped);
-        counted.inspect(|waiting| drop(waiting.fetch_add(1, Ordering::SeqCst)));
+        counted.inspect(|waiting| {
+            waiting.fetch_add(1, Ordering::SeqCst);
+        });
         let opened = shut.wait_for(|shut| !shut).await.is_ok();
-        counted.inspect(|waiting| drop(waiting.fetch_sub(1, Ordering::SeqCst)));
+        counted.inspect(|waiting| {
+            waiting.fetch_sub(1, Ordering::SeqCst);
+        });
         if !opened || to.write_all(&buffer[..read]).await.is_err() {
             return;
         }

@@ -215,6 +215,8 @@ pub fn base_vars(database: &str, prefix: &str) -> Vec<(String, String)> {
         ("SALT_ROUNDS", "4".to_owned()),
         ("HOST", "127.0.0.1".to_owned()),
         ("PORT", "0".to_owned()),
+        // Connecting takes seconds where two builds run beside the tests.
+        ("DB_ACQUIRE_TIMEOUT", "30s".to_owned()),
         ("GRPC_PORT", "0".to_owned()),
         ("ADMIN_PORT", "0".to_owned()),
         ("ADMIN_TOKENS", admin_tokens),
