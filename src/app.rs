@@ -13,7 +13,7 @@ use std::{
 use anyhow::Context;
 use metrics_exporter_prometheus::PrometheusHandle;
 use outbox_relay::{Database, KafkaSettings, PoolSettings, Relay, RelaySettings, Wake};
-use saga_orchestrator::{ConsumerSettings, Definition, Orchestrator, SagaSettings, flows::create_user};
+use saga_orchestrator::{ConsumerSettings, ConsumerStatus, Definition, Orchestrator, SagaSettings, flows::create_user};
 use tokio::net::TcpListener;
 use tokio_util::task::TaskTracker;
 
@@ -54,6 +54,8 @@ pub struct Shared {
     pub failed_logins: FailedLogins,
     /// Sagas.
     pub sagas: Orchestrator<Participants>,
+    /// Whether their replies are read.
+    pub replies: ConsumerStatus,
     /// Wakes the relay after a commit.
     pub wake: Wake,
     /// Whether this instance can serve.
@@ -158,6 +160,7 @@ impl App {
             signer: config.signer.clone(),
             sagas: Orchestrator::new(settings, SAGAS, participants, wake.clone()),
             failed_logins: FailedLogins::default(),
+            replies: ConsumerStatus::default(),
             health: Health::default(),
             started: Instant::now(),
             shutdown: Shutdown::default(),
@@ -246,7 +249,8 @@ pub async fn start(config: Config, roles: &BTreeSet<Role>, metrics: PrometheusHa
             group_id: app.config.kafka.group_id.clone(),
             client: app.config.kafka.client.clone(),
         };
-        running.tasks.spawn(app.sagas.clone().consume(app.db.clone(), settings, stop.clone()));
+        let consuming = app.sagas.clone().consume(app.db.clone(), settings, app.replies.clone(), stop.clone());
+        running.tasks.spawn(consuming);
         running.tasks.spawn(app.sagas.clone().watch_deadlines(app.db.clone(), SWEEP, stop.clone()));
     }
     if roles.contains(&Role::Housekeeping) {

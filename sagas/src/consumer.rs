@@ -1,25 +1,40 @@
-//! The reply consumer. The only file of this crate that knows rdkafka.
+//! The reply consumer. With the files below it, the only part of this crate that knows rdkafka.
 //!
 //! At least once: an offset is stored only after the message's transaction has committed, and a
 //! message that comes again is known to the inbox. One message after the other: a reply costs a
 //! millisecond or two, and replicas share the partitions.
+//!
+//! No message ends it. What can't be read is kept in the inbox with its place. What panics, or what the
+//! database refuses, is tried a few times, then kept as rejected. While the database does not answer, the
+//! message is tried again for [`GIVE_UP`]; then the group is left, so that a replica whose database answers
+//! can take the partitions, and joined again when it does.
 
-use std::{collections::BTreeMap, time::Duration};
+mod client;
+mod status;
+mod topics;
 
-use outbox_relay::{Database, fault_points};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use chrono::{DateTime, TimeZone, Utc};
+use outbox_relay::{Database, fault_points, headers::MessageHeaders, inbox::Bytes};
 use rdkafka::{
-    ClientConfig, ClientContext, Message,
-    config::RDKafkaLogLevel,
-    consumer::{Consumer, ConsumerContext, StreamConsumer},
+    Message,
+    consumer::{Consumer, StreamConsumer},
     error::{KafkaError, RDKafkaErrorCode},
-    message::{BorrowedMessage, Headers},
+    message::BorrowedMessage,
 };
 use tokio::time::sleep;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
+use self::client::Context;
+pub use self::status::{ConsumerStatus, Trouble};
 use crate::{
     orchestrator::{Flows, Orchestrator, SagaError},
-    reply::{Received, header_text},
+    reply::Received,
 };
 
 /// How replies are read.
@@ -36,30 +51,66 @@ pub struct ConsumerSettings {
 const RETRY: Duration = Duration::from_millis(500);
 /// Attempts at a message that fails by itself, before it is put aside.
 const PATIENCE: u32 = 3;
-const LEAVE: Duration = Duration::from_secs(5);
-/// A missing reply topic is looked for again this often: topics may be created after us.
-const TOPIC_REFRESH_MS: &str = "10000";
+/// How long a message is held while the database does not take it, before the group is left.
+const GIVE_UP: Duration = Duration::from_secs(60);
+/// The pause before a consumer that failed is replaced doubles from one to the other.
+const REPLACE: Duration = Duration::from_secs(1);
+const LONGEST_REPLACE: Duration = Duration::from_secs(30);
 
-struct Context;
-impl ClientContext for Context {
-    fn error(&self, error: KafkaError, reason: &str) {
-        tracing::warn!(kafka.error = %error, "kafka consumer: {reason}");
-    }
+/// Why a consumer ended before it was told to.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error(transparent)]
+    Kafka(#[from] KafkaError),
+    #[error("the Kafka cluster does not say its id")]
+    NoClusterId,
+    /// The group was left because a message can't be taken in.
+    #[error("the database does not take replies in")]
+    DatabaseAway,
 }
-impl ConsumerContext for Context {}
+
+/// What came of holding a message.
+enum Handled {
+    TakenIn,
+    Stopped,
+    GivenUp,
+}
 
 impl<F: Flows> Orchestrator<F> {
-    /// Reads replies until `shutdown`. A consumer that fails for good is replaced.
-    pub async fn consume(self, db: Database, settings: ConsumerSettings, shutdown: CancellationToken) {
+    /// Reads replies until `shutdown`, and tells `status` how that goes. A consumer that fails or panics is
+    /// replaced.
+    pub async fn consume(
+        self,
+        db: Database,
+        settings: ConsumerSettings,
+        status: ConsumerStatus,
+        shutdown: CancellationToken,
+    ) {
+        status::describe();
+        let settings = Arc::new(settings);
+        let mut pause = REPLACE;
         while !shutdown.is_cancelled() {
-            match self.consume_once(&db, &settings, &shutdown).await {
-                Ok(()) => return,
-                Err(error) => {
-                    tracing::error!(%error, "reply consumer failed; making a new one");
-                    metrics::counter!("saga_consumers_replaced_total").increment(1);
-                    shutdown.run_until_cancelled(sleep(RETRY * 2)).await;
+            let began = Instant::now();
+            // A task of its own: a panic ends this consumer, not the reading.
+            let consuming = AbortOnDropHandle::new(tokio::spawn(self.clone().consume_once(
+                db.clone(),
+                settings.clone(),
+                status.clone(),
+                shutdown.clone(),
+            )));
+            let why = match consuming.await {
+                Ok(Ok(())) => return,
+                Ok(Err(Ended::DatabaseAway)) => {
+                    shutdown.run_until_cancelled(database_answers(&db)).await;
+                    continue;
                 }
-            }
+                Ok(Err(ended)) => ended.to_string(),
+                Err(panic) => format!("it panicked: {panic}"),
+            };
+            status.begin(Trouble::ConsumerFailed, format!("the reply consumer failed and is replaced: {why}"));
+            metrics::counter!("saga_consumers_replaced_total").increment(1);
+            pause = if began.elapsed() > LONGEST_REPLACE { REPLACE } else { (pause * 2).min(LONGEST_REPLACE) };
+            shutdown.run_until_cancelled(sleep(pause)).await;
         }
     }
 
@@ -74,155 +125,205 @@ impl<F: Flows> Orchestrator<F> {
     }
 
     async fn consume_once(
-        &self,
-        db: &Database,
-        settings: &ConsumerSettings,
-        shutdown: &CancellationToken,
-    ) -> Result<(), KafkaError> {
-        let mut config = ClientConfig::new();
-        settings.client.iter().for_each(|(property, value)| {
-            config.set(property, value);
-        });
-        let consumer: StreamConsumer<Context> = config
-            .set("bootstrap.servers", &settings.brokers)
-            .set("group.id", &settings.group_id)
-            .set("enable.auto.commit", "true")
-            .set("auto.commit.interval.ms", "1000")
-            .set("enable.auto.offset.store", "false")
-            // A reply that came before this group ever read is still a reply.
-            .set("auto.offset.reset", "earliest")
-            .set("partition.assignment.strategy", "cooperative-sticky")
-            .set("session.timeout.ms", "10000")
-            // A database that is away for minutes holds one message up: that must not cost the
-            // partitions, which would only move the wait elsewhere.
-            .set("max.poll.interval.ms", "900000")
-            .set("topic.metadata.refresh.interval.ms", TOPIC_REFRESH_MS)
-            .set("reconnect.backoff.max.ms", "1000")
-            .set("socket.keepalive.enable", "true")
-            .set_log_level(RDKafkaLogLevel::Warning)
-            .create_with_context(Context)?;
+        self,
+        db: Database,
+        settings: Arc<ConsumerSettings>,
+        status: ConsumerStatus,
+        shutdown: CancellationToken,
+    ) -> Result<(), Ended> {
+        let member = client::consumer(&settings, status.clone())?;
         let topics = self.reply_topics();
-        consumer.subscribe(&topics.iter().map(String::as_str).collect::<Vec<_>>())?;
-
-        let mut cluster_id: Option<String> = None;
-        let result = loop {
-            let next = shutdown.run_until_cancelled(consumer.recv()).await;
-            match next {
-                None => break Ok(()),
-                Some(Err(error)) if is_over(&error) => break Err(error),
-                // Brokers that are down, topics that are not there yet: it goes on by itself.
-                Some(Err(error)) => tracing::debug!(%error, "nothing to read"),
-                Some(Ok(message)) => {
-                    let id = match &cluster_id {
-                        Some(id) => id,
-                        None => {
-                            let Some(id) = cluster_id_of(&consumer) else {
-                                // A place in an unknown cluster is no place: ask again.
-                                tracing::warn!("the Kafka cluster does not say its id; trying again");
-                                break Err(KafkaError::ClientCreation("no cluster id".to_owned()));
-                            };
-                            cluster_id.insert(id)
-                        }
-                    };
-                    let received = self.received(&message, id);
-                    fault_points::reached("sagas::received");
-                    if !self.handle(db, &received, shutdown).await {
-                        break Ok(());
-                    }
-                    fault_points::reached("sagas::committed");
-                    if let Err(error) = consumer.store_offset_from_message(&message) {
-                        // The partition has moved to another replica, who reads the message again.
-                        tracing::debug!(%error, "offset not stored");
-                    }
-                    fault_points::reached("sagas::offset_stored");
-                }
-            }
-        };
-        leave(consumer).await;
-        result
+        member.consumer().subscribe(&topics.iter().map(String::as_str).collect::<Vec<_>>())?;
+        let watching = topics::watch(member.consumer().clone(), topics, status.clone());
+        let watching = AbortOnDropHandle::new(tokio::spawn(watching));
+        let ended = self.read(member.consumer(), &db, &status, &shutdown).await;
+        drop(watching);
+        member.leave().await;
+        ended
     }
 
-    /// Takes one message in, however long the database is away. `false`: told to stop before it was.
-    async fn handle(&self, db: &Database, message: &Received, shutdown: &CancellationToken) -> bool {
-        let mut panics = 0;
-        let mut refusals = 0;
+    async fn read(
+        &self,
+        consumer: &StreamConsumer<Context>,
+        db: &Database,
+        status: &ConsumerStatus,
+        shutdown: &CancellationToken,
+    ) -> Result<(), Ended> {
+        let mut cluster_id: Option<String> = None;
+        while let Some(next) = shutdown.run_until_cancelled(consumer.recv()).await {
+            let message = match next {
+                Ok(message) => message,
+                Err(error) if is_over(&error) => return Err(error.into()),
+                // Brokers that are down, topics that are not there yet: it goes on by itself.
+                Err(error) => {
+                    consumer.context().met(&error);
+                    continue;
+                }
+            };
+            let id = match &cluster_id {
+                Some(id) => id,
+                // A place in an unknown cluster is no place: ask again, with a new client.
+                None => cluster_id.insert(cluster_id_of(consumer).ok_or(Ended::NoClusterId)?),
+            };
+            let (received, readable) = self.received(&message, id);
+            fault_points::reached("sagas::received");
+            match self.handle(db, &received, readable, status, shutdown).await {
+                Handled::TakenIn => {}
+                Handled::Stopped => return Ok(()),
+                Handled::GivenUp => return Err(Ended::DatabaseAway),
+            }
+            fault_points::reached("sagas::committed");
+            if let Err(error) = consumer.store_offset_from_message(&message) {
+                // The partition has moved to another replica, who reads the message again.
+                tracing::debug!(%error, "offset not stored");
+            }
+            fault_points::reached("sagas::offset_stored");
+        }
+        Ok(())
+    }
+
+    /// Holds a message until it is taken in or put aside.
+    async fn handle(
+        &self,
+        db: &Database,
+        message: &Received,
+        readable: bool,
+        status: &ConsumerStatus,
+        shutdown: &CancellationToken,
+    ) -> Handled {
+        let began = Instant::now();
+        let (mut panics, mut refusals) = (0, 0);
         loop {
-            let (orchestrator, db_, message_) = (self.clone(), db.clone(), message.clone());
-            // A task of its own: a panic ends this attempt, not the consumer.
-            let attempt = tokio::spawn(async move { orchestrator.receive(&db_, &message_).await }).await;
-            match attempt {
-                Ok(Ok(outcome)) => {
-                    tracing::debug!(
-                        topic = message.topic,
-                        offset = message.offset,
-                        outcome = outcome.as_str(),
-                        "reply taken in"
-                    );
-                    return true;
+            let attempt = match readable {
+                true => self.attempt(db, message).await,
+                false => self.attempt_to_reject(db, message, "it could not be read: reading it panics").await,
+            };
+            let why = match attempt {
+                Attempt::TakenIn => {
+                    status.end(Trouble::ReplyWaits);
+                    return Handled::TakenIn;
                 }
-                Ok(Err(error)) => {
-                    self.explain(message, &error);
-                    // The database is there and will not have it: asking again for ever would hold up
-                    // everything behind it.
-                    refusals += u32::from(error.is_the_messages_fault());
-                    let why = format!("the database refused it {refusals} times: {error}");
-                    if refusals >= PATIENCE && self.reject(db, message, &why).await.is_ok() {
-                        return true;
-                    }
+                Attempt::Failed(why) => why,
+                // The database is there and will not have it: asking again for ever would hold up
+                // everything behind it.
+                Attempt::Refused(why) => {
+                    refusals += 1;
+                    why
                 }
-                Err(panic) => {
+                Attempt::Panicked(why) => {
                     panics += 1;
-                    tracing::error!(topic = message.topic, offset = message.offset, %panic, "handling a reply panicked");
-                    if panics >= PATIENCE
-                        && self.reject(db, message, "the handler panicked on it every time").await.is_ok()
-                    {
-                        return true;
-                    }
+                    why
                 }
+            };
+            explain(message, &why);
+            let hopeless = if refusals >= PATIENCE {
+                Some(format!("the database refused it {refusals} times: {why}"))
+            } else {
+                (panics >= PATIENCE).then(|| format!("the handler panicked on it {panics} times"))
+            };
+            if let Some(hopeless) = hopeless
+                && let Attempt::TakenIn = self.attempt_to_reject(db, message, &hopeless).await
+            {
+                status.end(Trouble::ReplyWaits);
+                return Handled::TakenIn;
+            }
+            let (topic, partition, offset) = (&message.topic, message.partition, message.offset);
+            let place = format!("{topic} partition {partition} offset {offset}");
+            status.begin(Trouble::ReplyWaits, format!("the reply at {place} can't be taken in: {why}"));
+            if began.elapsed() >= GIVE_UP {
+                return Handled::GivenUp;
             }
             if shutdown.run_until_cancelled(sleep(RETRY)).await.is_none() {
-                return false;
+                return Handled::Stopped;
             }
         }
     }
 
-    fn explain(&self, message: &Received, error: &SagaError) {
-        metrics::counter!("saga_reply_retries_total").increment(1);
-        tracing::warn!(
-            topic = message.topic, partition = message.partition, offset = message.offset, %error,
-            "reply not taken in yet; trying again"
-        );
+    async fn attempt(&self, db: &Database, message: &Received) -> Attempt {
+        let (orchestrator, db, message) = (self.clone(), db.clone(), message.clone());
+        Attempt::at(async move { orchestrator.receive(&db, &message).await.map(drop) }).await
     }
 
-    fn received(&self, message: &BorrowedMessage<'_>, cluster_id: &str) -> Received {
+    async fn attempt_to_reject(&self, db: &Database, message: &Received, why: &str) -> Attempt {
+        let (orchestrator, db, message, why) = (self.clone(), db.clone(), message.clone(), why.to_owned());
+        Attempt::at(async move { orchestrator.reject(&db, &message, &why).await }).await
+    }
+
+    /// The message, and whether it could be read: of one that makes its reader panic there is the place alone.
+    fn received(&self, message: &BorrowedMessage<'_>, cluster_id: &str) -> (Received, bool) {
         let prefix = self.inner.settings.topic_prefix.as_str();
-        let headers = message.headers().map_or_else(BTreeMap::new, |headers| {
-            headers.iter().map(|header| (header.key.to_owned(), header_text(header.value))).collect()
-        });
-        Received {
+        let place = Received {
             topic: message.topic().strip_prefix(prefix).unwrap_or(message.topic()).to_owned(),
             partition: message.partition(),
             offset: message.offset(),
-            timestamp_ms: message.timestamp().to_millis().unwrap_or(0),
+            kafka_at: None,
             cluster_id: cluster_id.to_owned(),
-            key: message.key().map(<[u8]>::to_vec),
-            headers,
-            payload: message.payload().map(<[u8]>::to_vec),
+            bytes: Bytes::default(),
+        };
+        let read = catch_unwind(AssertUnwindSafe(|| {
+            let headers = MessageHeaders::read(message.headers());
+            let kept = headers.readable.iter().map(|(name, value)| ((*name).to_owned(), value.map(<[u8]>::to_vec)));
+            let bytes = Bytes {
+                key: message.key().map(<[u8]>::to_vec),
+                headers: kept.collect(),
+                unreadable_headers: headers.unreadable,
+                payload: message.payload().map(<[u8]>::to_vec),
+            };
+            (message.timestamp().to_millis().and_then(plausible), bytes)
+        }));
+        match read {
+            Ok((kafka_at, bytes)) => (Received { kafka_at, bytes, ..place }, true),
+            Err(_) => (place, false),
         }
     }
 }
 
-/// Closing commits the stored offsets and leaves the group. It blocks, and with brokers that are away
-/// it may never end: so it has a thread of its own, which nobody waits for for long.
-async fn leave(consumer: StreamConsumer<Context>) {
-    let (done, left) = tokio::sync::oneshot::channel();
-    std::thread::spawn(move || {
-        drop(consumer);
-        let _ = done.send(());
-    });
-    if tokio::time::timeout(LEAVE, left).await.is_err() {
-        tracing::warn!("the consumer group was not left in time; its partitions move when the session times out");
+/// What came of trying to take a message in.
+enum Attempt {
+    TakenIn,
+    /// The database did not answer, or is not well.
+    Failed(String),
+    /// The database answered, and refused the message.
+    Refused(String),
+    Panicked(String),
+}
+
+impl Attempt {
+    /// In a task of its own: a panic ends this attempt, not the consumer. [`Database`] gives it its deadline.
+    async fn at(work: impl Future<Output = Result<(), SagaError>> + Send + 'static) -> Self {
+        match AbortOnDropHandle::new(tokio::spawn(work)).await {
+            Ok(Ok(())) => Attempt::TakenIn,
+            Ok(Err(error)) if error.is_the_messages_fault() => Attempt::Refused(error.to_string()),
+            Ok(Err(error)) => Attempt::Failed(error.to_string()),
+            Err(panic) => Attempt::Panicked(format!("handling it panicked: {panic}")),
+        }
     }
+}
+
+/// [`ConsumerStatus`] has the line for people; here is every attempt.
+fn explain(message: &Received, error: &str) {
+    metrics::counter!("saga_reply_retries_total").increment(1);
+    tracing::debug!(
+        topic = message.topic,
+        partition = message.partition,
+        offset = message.offset,
+        error,
+        "reply not taken in yet; trying again"
+    );
+}
+
+/// Returns when the database answers again.
+async fn database_answers(db: &Database) {
+    let ask = || db.run(|conn| Box::pin(async move { sqlx::query("select 1").execute(conn).await }));
+    while ask().await.is_err() {
+        sleep(RETRY).await;
+    }
+}
+
+/// A time that a database and a person can make something of: senders write what they like.
+fn plausible(millis: i64) -> Option<DateTime<Utc>> {
+    const YEAR_10000: i64 = 253_402_300_800_000;
+    (0..YEAR_10000).contains(&millis).then(|| Utc.timestamp_millis_opt(millis).single()).flatten()
 }
 
 /// Known to the client since its first metadata answer, so this does not wait.

@@ -17,11 +17,13 @@ pub(crate) struct EventSource<'a> {
     pub reference: Option<&'a str>,
     /// When the command was published, for an event that says so.
     pub published_at: Option<DateTime<Utc>>,
+    /// It came before, and was without effect: should it be so again, there is no second line.
+    pub repeated: bool,
 }
 
 impl<'a> EventSource<'a> {
     pub(crate) fn of(actor: &'a str) -> Self {
-        Self { actor, reference: None, published_at: None }
+        Self { actor, reference: None, published_at: None, repeated: false }
     }
 
     pub(crate) fn line(self, saga: &Saga, to: Status, event: &'a Event, mut detail: Value) -> LogLine<'a> {

@@ -14,7 +14,8 @@
 //!   command behind the command on the same key: a step that is carried out late is undone.
 //! - An undo that is refused, or can't be sent, makes its saga stuck until that very undo comes through.
 //! - Every message that was taken from Kafka is in the inbox; what had no effect is kept with its
-//!   bytes and the reason, and never stops its partition.
+//!   bytes and the reason, once however often it comes, and never stops its partition. A message's id is
+//!   burnt only by what took effect.
 //!
 //! # What it does not do
 //!
@@ -50,7 +51,7 @@ pub mod store;
 #[expect(clippy::disallowed_methods, reason = "a test looks at the database by itself")]
 pub mod suite;
 
-pub use consumer::ConsumerSettings;
+pub use consumer::{ConsumerSettings, ConsumerStatus, Trouble};
 pub use definition::Definition;
 pub use machine::{Recourse, Settlement};
 pub use orchestrator::{Flows, LocalOutcome, NewSaga, Orchestrator, SagaError, SagaSettings};

@@ -228,6 +228,7 @@ impl<F: Flows> Orchestrator<F> {
         let position = position(definition, &saga)?;
         match decide(definition, position, event) {
             Decision::Defer => Ok(Some(Handled::Deferred)),
+            Decision::Ignore(why) if source.repeated => Ok(Some(Handled::Ignored(why))),
             Decision::Ignore(why) => {
                 store::count_event(conn, &saga).await?;
                 store::log(

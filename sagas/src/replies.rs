@@ -1,8 +1,11 @@
 //! Taking replies in. One message, one transaction: inbox, saga, log, effects.
 
+use std::time::Duration;
+
 use outbox_relay::{
     Database, fault_points,
-    inbox::{self, Bytes, Incoming, Outcome},
+    inbox::{self, Bytes, Claim, Incoming, Outcome},
+    logging::{Throttle, truncated, truncated_to},
 };
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -20,16 +23,21 @@ use crate::{
 /// The inbox's name for this consumer.
 pub const CONSUMER: &str = "sagas";
 
+/// Most bytes of a reason in the inbox.
+const LONGEST_DETAIL: usize = 1000;
+
 /// What became of a message, before it is written down.
 struct Conclusion {
     outcome: Outcome,
     detail: Option<String>,
     saga_id: Option<Uuid>,
+    /// It took effect, or waits to: another message under its id never will.
+    burns_id: bool,
 }
 
 impl Conclusion {
-    fn rejected(why: String) -> Self {
-        Self { outcome: Outcome::Rejected, detail: Some(why), saga_id: None }
+    fn without_effect(outcome: Outcome, detail: String) -> Self {
+        Self { outcome, detail: Some(detail), saga_id: None, burns_id: false }
     }
 }
 
@@ -41,31 +49,64 @@ impl<F: Flows> Orchestrator<F> {
         let outcome = self
             .committed(db, move |conn| {
                 Box::pin(async move {
-                    let message_key = message.message_key();
-                    if !inbox::insert(conn, incoming(&message, &message_key)).await? {
-                        return Ok(Outcome::Duplicate);
-                    }
+                    let digest = message.bytes.digest(&message.topic);
+                    let identity = message.identity(&digest);
+                    let incoming = incoming(&message, &identity, &digest);
+                    let claim = inbox::claim(conn, incoming).await?;
                     fault_points::reached("sagas::in_inbox");
-                    let conclusion = orchestrator.apply(conn, &message, &message_key).await?;
-                    orchestrator.conclude(conn, &message_key, &conclusion, &bytes_of(&message)).await?;
+                    let conclusion = match claim {
+                        Claim::New { seen } => orchestrator.apply(conn, &message, &identity, seen).await?,
+                        Claim::Copy => {
+                            tracing::debug!(message.key = identity, "a reply came again");
+                            return Ok(Outcome::Duplicate);
+                        }
+                        Claim::Reused => Conclusion::without_effect(
+                            Outcome::Unexpected,
+                            "id reused: another message under its ce_id took effect before".to_owned(),
+                        ),
+                    };
+                    if matches!(claim, Claim::New { .. }) && !conclusion.burns_id {
+                        inbox::release(conn, incoming).await?;
+                    }
+                    conclude(conn, incoming, &conclusion, &message.bytes).await?;
                     fault_points::reached("sagas::decided");
                     Ok(conclusion.outcome)
                 })
             })
             .await?;
-        metrics::counter!("saga_replies_total", "outcome" => outcome.as_str()).increment(1);
+        count(outcome);
         Ok(outcome)
     }
 
-    /// Keeps a message that made the handler panic, so that the partition goes on.
+    /// Keeps a message that can't be taken in, so that the partition goes on. Without its bytes when the
+    /// database refuses those, too: its place in Kafka is always kept.
     pub(crate) async fn reject(&self, db: &Database, message: &Received, why: &str) -> Result<(), SagaError> {
-        let (orchestrator, message) = (self.clone(), message.clone());
-        let conclusion = Conclusion::rejected(why.to_owned());
+        match self.keep_rejected(db, message.clone(), message.clone(), why.to_owned()).await {
+            Err(error) if error.is_the_messages_fault() => {
+                let bare = Received { bytes: Bytes::default(), kafka_at: None, ..message.clone() };
+                let why = format!("{why}; its bytes could not be kept: {error}");
+                self.keep_rejected(db, message.clone(), bare, why).await?;
+            }
+            kept => kept?,
+        }
+        count(Outcome::Rejected);
+        Ok(())
+    }
+
+    /// Keeps `kept` of a message.
+    async fn keep_rejected(
+        &self,
+        db: &Database,
+        message: Received,
+        kept: Received,
+        why: String,
+    ) -> Result<(), SagaError> {
         self.committed(db, move |conn| {
             Box::pin(async move {
-                let message_key = message.message_key();
-                inbox::insert(conn, incoming(&message, &message_key)).await?;
-                orchestrator.conclude(conn, &message_key, &conclusion, &bytes_of(&message)).await
+                let digest = message.bytes.digest(&message.topic);
+                let identity = message.identity(&digest);
+                let conclusion = Conclusion::without_effect(Outcome::Rejected, why);
+                conclude(conn, incoming(&kept, &identity, &digest), &conclusion, &kept.bytes).await
             })
         })
         .await
@@ -78,36 +119,18 @@ impl<F: Flows> Orchestrator<F> {
                 topic: waiting.topic,
                 partition: waiting.partition,
                 offset: waiting.offset,
-                timestamp_ms: 0,
+                kafka_at: waiting.kafka_at,
                 cluster_id: String::new(),
-                key: waiting.bytes.key,
-                headers: waiting.bytes.headers,
-                payload: waiting.bytes.payload,
+                bytes: waiting.bytes,
             };
-            let conclusion = self.apply(conn, &message, &waiting.message_key).await?;
-            self.conclude(conn, &waiting.message_key, &conclusion, &bytes_of(&message)).await?;
+            let incoming = incoming(&message, &waiting.identity, &waiting.digest);
+            let conclusion = self.apply(conn, &message, &waiting.identity, false).await?;
+            if !conclusion.burns_id {
+                inbox::release(conn, incoming).await?;
+            }
+            conclude(conn, incoming, &conclusion, &message.bytes).await?;
+            count(conclusion.outcome);
         }
-        Ok(())
-    }
-
-    async fn conclude(
-        &self,
-        conn: &mut PgConnection,
-        message_key: &str,
-        conclusion: &Conclusion,
-        bytes: &Bytes,
-    ) -> Result<(), SagaError> {
-        let Conclusion { outcome, detail, saga_id } = conclusion;
-        if matches!(outcome, Outcome::Unknown | Outcome::Unexpected | Outcome::Rejected) {
-            let shown: String = message_key.chars().take(200).collect();
-            tracing::warn!(
-                message.key = shown,
-                outcome = outcome.as_str(),
-                detail,
-                "a reply took no effect; it is kept in the inbox"
-            );
-        }
-        inbox::conclude(conn, CONSUMER, message_key, *outcome, detail.as_deref(), *saga_id, bytes).await?;
         Ok(())
     }
 
@@ -115,17 +138,21 @@ impl<F: Flows> Orchestrator<F> {
         &self,
         conn: &mut PgConnection,
         message: &Received,
-        message_key: &str,
+        identity: &str,
+        seen: bool,
     ) -> Result<Conclusion, SagaError> {
         let naming = match reply::naming(message) {
             Ok(naming) => naming,
-            Err(why) => return Ok(Conclusion::rejected(why)),
+            Err(why) => return Ok(Conclusion::without_effect(Outcome::Rejected, why)),
         };
         let saga = match self.saga_named(conn, &message.topic, &naming).await? {
             Ok(saga) => saga,
             Err(conclusion) => return Ok(conclusion),
         };
-        let about = |outcome, detail: String| Conclusion { outcome, detail: Some(detail), saga_id: Some(saga.saga_id) };
+        let about = |outcome, detail: String| Conclusion {
+            saga_id: Some(saga.saga_id),
+            ..Conclusion::without_effect(outcome, detail)
+        };
         let Some((step, meaning)) = self.meaning(&saga, &message.topic) else {
             let detail = format!("saga {} ({}) gets no replies on {}", saga.saga_id, saga.name, message.topic);
             return Ok(about(Outcome::Unexpected, detail));
@@ -136,8 +163,9 @@ impl<F: Flows> Orchestrator<F> {
             Ok(Verdict::UndoRefused(why)) => Event::UndoReplied { step, refusal: Some(why) },
             Err(why) => return Ok(about(Outcome::Rejected, why)),
         };
-        let source = EventSource { reference: Some(message_key), ..EventSource::of("reply") };
+        let source = EventSource { reference: Some(identity), repeated: seen, ..EventSource::of("reply") };
         let handled = self.take_in(conn, saga.saga_id, &event, source).await?;
+        let burns_id = matches!(handled, Some(Handled::Moved(_) | Handled::Deferred));
         let nothing = |why: &str| Some(why.to_owned());
         let (outcome, detail) = match handled {
             Some(Handled::Moved(_)) | Some(Handled::Ignored(Ignored::Noted)) => (Outcome::Applied, None),
@@ -149,7 +177,7 @@ impl<F: Flows> Orchestrator<F> {
             }
             None => (Outcome::Unknown, nothing("the saga is gone")),
         };
-        Ok(Conclusion { outcome, detail, saga_id: Some(saga.saga_id) })
+        Ok(Conclusion { outcome, detail, saga_id: Some(saga.saga_id), burns_id })
     }
 
     /// Finds the one saga a reply names. What is present must agree: a reply that names one saga by
@@ -160,13 +188,12 @@ impl<F: Flows> Orchestrator<F> {
         topic: &str,
         naming: &Naming,
     ) -> Result<Result<Saga, Conclusion>, SagaError> {
-        let none =
-            |detail: String| Ok(Err(Conclusion { outcome: Outcome::Unknown, detail: Some(detail), saga_id: None }));
+        let none = |detail: String| Ok(Err(Conclusion::without_effect(Outcome::Unknown, detail)));
         let saga_id = match &naming.by {
             NamedBy::SagaId(saga_id) => *saga_id,
             NamedBy::CorrelationId(correlation_id) => match store::by_correlation(conn, correlation_id).await? {
                 Some(saga_id) => saga_id,
-                None => return none(format!("no saga has the correlation id {correlation_id:?}")),
+                None => return none(format!("no saga has the correlation id {:?}", truncated(correlation_id))),
             },
             NamedBy::Subject(subject) => match self.open_saga_about(conn, topic, subject).await?.as_slice() {
                 [saga_id] => *saga_id,
@@ -177,15 +204,16 @@ impl<F: Flows> Orchestrator<F> {
         let Some(saga) = store::find(conn, saga_id).await? else {
             return none(format!("there is no saga {saga_id}"));
         };
-        let disagrees = match (&naming.subject, &naming.correlation_id, naming.causation_id) {
-            (Some(subject), ..) if *subject != saga.subject => {
+        let disagrees = match (&naming.subject, &naming.correlation_id) {
+            (Some(subject), _) if *subject != saga.subject => {
                 Some(format!("it speaks of user {subject}, the saga it names is about user {}", saga.subject))
             }
-            (_, Some(correlation_id), _) if *correlation_id != saga.correlation_id => {
+            (_, Some(correlation_id)) if *correlation_id != saga.correlation_id => {
                 let known = store::by_correlation(conn, correlation_id).await?.is_some();
                 let whose = if known { "belongs to another saga" } else { "is unknown" };
                 Some(format!(
-                    "its saga id and its correlation id disagree: the correlation id {correlation_id:?} {whose}"
+                    "its saga id and its correlation id disagree: the correlation id {:?} {whose}",
+                    truncated(correlation_id)
                 ))
             }
             _ => None,
@@ -193,7 +221,7 @@ impl<F: Flows> Orchestrator<F> {
         Ok(match disagrees {
             None => Ok(saga),
             Some(detail) => {
-                Err(Conclusion { outcome: Outcome::Unexpected, detail: Some(detail), saga_id: Some(saga_id) })
+                Err(Conclusion { saga_id: Some(saga_id), ..Conclusion::without_effect(Outcome::Unexpected, detail) })
             }
         })
     }
@@ -222,16 +250,64 @@ impl<F: Flows> Orchestrator<F> {
     }
 }
 
-fn incoming<'a>(message: &'a Received, message_key: &'a str) -> Incoming<'a> {
+fn incoming<'a>(message: &'a Received, identity: &'a str, digest: &'a [u8]) -> Incoming<'a> {
     Incoming {
         consumer: CONSUMER,
-        message_key,
+        identity,
+        digest,
         topic: &message.topic,
         partition: message.partition,
         offset: message.offset,
+        kafka_at: message.kafka_at,
     }
 }
 
-fn bytes_of(message: &Received) -> Bytes {
-    Bytes { key: message.key.clone(), headers: message.headers.clone(), payload: message.payload.clone() }
+/// Writes down what became of a message.
+async fn conclude(
+    conn: &mut PgConnection,
+    incoming: Incoming<'_>,
+    conclusion: &Conclusion,
+    bytes: &Bytes,
+) -> Result<(), SagaError> {
+    let Conclusion { outcome, saga_id, burns_id, .. } = *conclusion;
+    let mut detail = conclusion.detail.as_deref().map(|detail| truncated_to(detail, LONGEST_DETAIL).into_owned());
+    let unreadable = bytes.unreadable_headers;
+    if unreadable > 0 {
+        let also = format!("names of headers that are not UTF-8: {unreadable}");
+        detail = Some(detail.map_or(also.clone(), |detail| format!("{detail}; {also}")));
+    }
+    let nothing_to_find_out = matches!(outcome, Outcome::Applied | Outcome::Duplicate) && unreadable == 0;
+    let bytes = (!nothing_to_find_out).then_some(bytes);
+    let disposition = inbox::Disposition { outcome, detail: detail.as_deref(), saga_id, bytes };
+    if burns_id {
+        inbox::conclude(conn, incoming, disposition).await?;
+    } else {
+        inbox::keep(conn, incoming, disposition).await?;
+    }
+    if outcome != Outcome::Applied && outcome != Outcome::Deferred {
+        log_no_effect(&incoming, outcome, detail.as_deref().unwrap_or_default());
+    }
+    Ok(())
+}
+
+fn count(outcome: Outcome) {
+    metrics::counter!("saga_replies_total", "outcome" => outcome.as_str()).increment(1);
+}
+
+/// One line a second for each outcome, whatever a stranger sends; the rest is counted. Every message has its
+/// row in the inbox.
+fn log_no_effect(message: &Incoming<'_>, outcome: Outcome, detail: &str) {
+    static LINES: Throttle<Outcome> = Throttle::every(Duration::from_secs(1));
+    let Some(line) = LINES.occurred(outcome) else { return };
+    let (topic, partition, offset, left_out) = (message.topic, message.partition, message.offset, line.left_out);
+    let (outcome, detail) = (outcome.as_str(), truncated(detail));
+    match outcome {
+        "late" | "duplicate" => {
+            tracing::info!(topic, partition, offset, outcome, %detail, left_out, "a reply took no effect");
+        }
+        _ => tracing::warn!(
+            topic, partition, offset, outcome, %detail, left_out,
+            "a reply took no effect; it is kept in the inbox"
+        ),
+    }
 }

@@ -1,8 +1,13 @@
 //! Reading a reply: which saga it names, and what it says. Pure.
 
-use std::collections::BTreeMap;
+use std::fmt;
 
-use serde_json::Value;
+use chrono::{DateTime, Utc};
+use outbox_relay::{inbox::Bytes, logging::truncated};
+use serde::{
+    Deserialize, Deserializer,
+    de::{IgnoredAny, MapAccess, SeqAccess, Visitor},
+};
 use uuid::Uuid;
 
 use crate::{definition::Meaning, machine::Answer};
@@ -18,47 +23,52 @@ pub struct Received {
     pub partition: i32,
     /// Offset it stood at.
     pub offset: i64,
-    /// When it was written, in milliseconds of Unix time.
-    pub timestamp_ms: i64,
+    /// When it was written, if Kafka says so.
+    pub kafka_at: Option<DateTime<Utc>>,
     /// Id of the Kafka cluster it came from; offsets mean nothing without it.
     pub cluster_id: String,
-    /// Key.
-    pub key: Option<Vec<u8>>,
-    /// Headers that are text.
-    pub headers: BTreeMap<String, String>,
-    /// Value.
-    pub payload: Option<Vec<u8>>,
+    /// Key, headers and value.
+    pub bytes: Bytes,
 }
 
 impl Received {
-    /// What the inbox knows the message by: its own id if it has one, else its place in Kafka. The
-    /// time belongs to the place: a topic that is made anew begins at offset 0 again.
-    pub(crate) fn message_key(&self) -> String {
-        match self.headers.get("ce_id").filter(|id| !id.is_empty()) {
-            Some(id) => {
-                let source = self.headers.get("ce_source").map_or("", String::as_str);
-                let key = format!("id:{}:{source}:{id}", self.topic);
-                // An index entry has its limit, a foreign id has none.
-                match key.len() <= LONGEST_KEY {
-                    true => key,
-                    false => format!("id-hash:{}:{}", self.topic, Uuid::new_v5(&Uuid::NAMESPACE_OID, key.as_bytes())),
-                }
+    /// What the inbox knows the message by: its own id if it has one, else its place in Kafka. Time and
+    /// content belong to the place: a topic, or a cluster, that is made anew begins at offset 0 again.
+    pub(crate) fn identity(&self, digest: &[u8]) -> String {
+        let Self { cluster_id, topic, partition, offset, .. } = self;
+        let (Ok(Some(id)), source) = (self.header("ce_id"), self.values("ce_source").next().unwrap_or_default()) else {
+            let time = self.kafka_at.map_or(-1, |at| at.timestamp_millis());
+            let content = digest.iter().take(8).fold(0, |number: u64, byte| number << 8 | u64::from(*byte));
+            return format!("at:{cluster_id}:{topic}:{partition}:{offset}:{time}:{content:016x}");
+        };
+        // The length keeps source and id apart, whatever they contain.
+        match std::str::from_utf8(source) {
+            Ok(text) if !text.contains('\0') && text.len() + id.len() <= LONGEST_KEY => {
+                format!("id:{topic}:{}:{text}:{id}", text.len())
             }
-            None => {
-                let Self { cluster_id, topic, partition, offset, timestamp_ms, .. } = self;
-                format!("at:{cluster_id}:{topic}:{partition}:{offset}:{timestamp_ms}")
+            // An index entry has its limit, a foreign id has none.
+            _ => {
+                let whole = [&(source.len() as u64).to_be_bytes(), source, id.as_bytes()].concat();
+                format!("id-hash:{topic}:{}", Uuid::new_v5(&Uuid::NAMESPACE_OID, &whole))
             }
         }
     }
-}
 
-/// A header's value as text. What PostgreSQL could not hold as text (not UTF-8, or with a NUL in it)
-/// stands as its bytes in hexadecimal: kept, and never mistaken for an id.
-pub(crate) fn header_text(value: Option<&[u8]>) -> String {
-    let bytes = value.unwrap_or_default();
-    match std::str::from_utf8(bytes) {
-        Ok(text) if !text.contains('\0') => text.to_owned(),
-        _ => bytes.iter().fold("hex:".to_owned(), |hex, byte| hex + &format!("{byte:02x}")),
+    /// The text of a header that says what the message means. `None`: it has no such header, or an empty one.
+    fn header(&self, name: &str) -> Result<Option<&str>, String> {
+        let mut found = None;
+        for value in self.values(name).filter(|value| !value.is_empty()) {
+            let text = std::str::from_utf8(value).ok().filter(|text| !text.contains('\0'));
+            let text = text.ok_or_else(|| format!("the {name} header is not text"))?;
+            if found.replace(text).is_some_and(|other| other != text) {
+                return Err(format!("it has several {name} headers, and they disagree"));
+            }
+        }
+        Ok(found)
+    }
+
+    fn values(&self, name: &str) -> impl Iterator<Item = &[u8]> {
+        self.bytes.headers.iter().filter(move |(other, _)| other == name).filter_map(|(_, value)| value.as_deref())
     }
 }
 
@@ -70,8 +80,6 @@ pub(crate) struct Naming {
     pub subject: Option<String>,
     /// The correlation id it carries, when the saga is named by its id.
     pub correlation_id: Option<String>,
-    /// The command it says it answers.
-    pub causation_id: Option<Uuid>,
 }
 
 /// What names the saga.
@@ -93,14 +101,12 @@ pub(crate) enum Verdict {
 /// Which saga a reply names, or why it can't be told.
 pub(crate) fn naming(message: &Received) -> Result<Naming, String> {
     let value = value_of(message)?;
-    let header = message.headers.get("saga-id").filter(|text| !text.is_empty());
-    let field = present(&value, "sagaId");
     let parse =
         |text: &str, place: &str| Uuid::parse_str(text).map_err(|_| format!("{place} is not a saga id (a UUID)"));
-    let header = header.map(|text| parse(text, "the saga-id header")).transpose()?;
-    let field = match field {
+    let header = message.header("saga-id")?.map(|text| parse(text, "the saga-id header")).transpose()?;
+    let field = match value.saga_id {
         None => None,
-        Some(Value::String(text)) => Some(parse(text, "sagaId in the value")?),
+        Some(Scalar::Text(text)) => Some(parse(&text, "sagaId in the value")?),
         Some(_) => return Err("sagaId in the value is not text".to_owned()),
     };
     if let (Some(header), Some(field)) = (header, field)
@@ -108,13 +114,8 @@ pub(crate) fn naming(message: &Received) -> Result<Naming, String> {
     {
         return Err(format!("the saga-id header names {header}, the value names {field}"));
     }
-    let correlation_id = message.headers.get("correlationId").filter(|text| !text.is_empty()).cloned();
-    let subject = subject_of(&value)?;
-    let causation_id = match message.headers.get("causation-id").filter(|text| !text.is_empty()) {
-        // Other services may put an id of their own kind here: only a UUID can be one of ours.
-        Some(text) => Uuid::parse_str(text).ok(),
-        None => None,
-    };
+    let correlation_id = message.header("correlationId")?.map(str::to_owned);
+    let subject = value.id.map(subject).transpose()?;
     let by = match (header.or(field), &correlation_id, &subject) {
         (Some(saga_id), ..) => NamedBy::SagaId(saga_id),
         (None, Some(correlation_id), _) => NamedBy::CorrelationId(correlation_id.clone()),
@@ -125,17 +126,17 @@ pub(crate) fn naming(message: &Received) -> Result<Naming, String> {
             );
         }
     };
-    Ok(Naming { by, subject, correlation_id, causation_id })
+    Ok(Naming { by, subject, correlation_id })
 }
 
 /// What a reply on a topic of this meaning says; an error says why it is not understood.
 pub(crate) fn verdict(message: &Received, meaning: Meaning, participant: &str) -> Result<Verdict, String> {
     let value = value_of(message)?;
     let reason = || {
-        let text = |name| present(&value, name).and_then(Value::as_str);
-        let reason = text("reason").or_else(|| text("message")).or_else(|| text("error"));
+        let given = [&value.reason, &value.message, &value.error];
+        let reason = given.into_iter().find_map(|field| field.as_ref()?.as_text()).unwrap_or("no reason given");
         // PostgreSQL's text and jsonb hold no NUL.
-        reason.unwrap_or("no reason given").replace('\0', "\u{fffd}").chars().take(500).collect::<String>()
+        reason.replace('\0', "\u{fffd}").chars().take(500).collect::<String>()
     };
     Ok(match meaning {
         Meaning::Done => Verdict::Step(Answer::Done),
@@ -143,48 +144,135 @@ pub(crate) fn verdict(message: &Received, meaning: Meaning, participant: &str) -
         Meaning::Undone => Verdict::Undone,
         Meaning::UndoRefused => Verdict::UndoRefused(reason()),
         Meaning::Either => {
-            let service = message.headers.get("service").map(String::as_str);
+            let service = message.header("service")?;
             if service != Some(participant) {
                 return Err(format!(
                     "the service header is {}; this step is answered by {participant:?} (SAGA_PARTICIPANT)",
-                    service.map_or("missing".to_owned(), |name| format!("{name:?}"))
+                    service.map_or("missing".to_owned(), |name| format!("{:?}", truncated(name)))
                 ));
             }
-            match present(&value, "status").and_then(Value::as_str) {
+            match value.status.as_ref().and_then(Scalar::as_text) {
                 Some("ok") => Verdict::Step(Answer::Done),
                 Some("error") => Verdict::Step(Answer::Refused(reason())),
-                Some(other) => return Err(format!("status {other:?} is neither \"ok\" nor \"error\"")),
+                Some(other) => {
+                    return Err(format!("status {:?} is neither \"ok\" nor \"error\"", truncated(other)));
+                }
                 None => return Err("the value has no status".to_owned()),
             }
         }
     })
 }
 
-/// The reason a reply gives may hold anything the other service put in; this is all we read of it.
-fn value_of(message: &Received) -> Result<Value, String> {
-    let Some(payload) = message.payload.as_deref().filter(|bytes| !bytes.is_empty()) else {
-        return Err("it has no value".to_owned());
-    };
-    match serde_json::from_slice::<Value>(payload) {
-        Ok(value @ Value::Object(_)) => Ok(value),
-        Ok(_) => Err("its value is not a JSON object".to_owned()),
-        Err(error) => Err(format!("its value is not JSON: line {} column {}", error.line(), error.column())),
+/// What is read of a value. Everything else in it is skipped, however deep or long.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ReplyValue {
+    id: Option<Scalar>,
+    saga_id: Option<Scalar>,
+    status: Option<Scalar>,
+    reason: Option<Scalar>,
+    message: Option<Scalar>,
+    error: Option<Scalar>,
+}
+
+/// A field's value, as far as it is of use.
+#[derive(Debug, PartialEq)]
+enum Scalar {
+    Text(String),
+    Whole(i64),
+    Fraction(f64),
+    /// True, false, an object, an array, or a number beyond all ids.
+    Other,
+}
+
+impl Scalar {
+    fn as_text(&self) -> Option<&str> {
+        match self {
+            Scalar::Text(text) => Some(text),
+            _ => None,
+        }
     }
 }
 
-fn present<'a>(value: &'a Value, name: &str) -> Option<&'a Value> {
-    value.get(name).filter(|field| !field.is_null())
+impl<'de> Deserialize<'de> for Scalar {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Scalars;
+
+        impl<'de> Visitor<'de> for Scalars {
+            type Value = Scalar;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("any JSON value")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Scalar, E> {
+                Ok(Scalar::Text(text.to_owned()))
+            }
+
+            fn visit_i64<E>(self, number: i64) -> Result<Scalar, E> {
+                Ok(Scalar::Whole(number))
+            }
+
+            fn visit_u64<E>(self, number: u64) -> Result<Scalar, E> {
+                Ok(i64::try_from(number).map_or(Scalar::Other, Scalar::Whole))
+            }
+
+            fn visit_f64<E>(self, number: f64) -> Result<Scalar, E> {
+                Ok(Scalar::Fraction(number))
+            }
+
+            fn visit_bool<E>(self, _: bool) -> Result<Scalar, E> {
+                Ok(Scalar::Other)
+            }
+
+            fn visit_unit<E>(self) -> Result<Scalar, E> {
+                Ok(Scalar::Other)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Scalar, A::Error> {
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Scalar::Other)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Scalar, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Scalar::Other)
+            }
+        }
+
+        deserializer.deserialize_any(Scalars)
+    }
+}
+
+/// The value of a reply: a JSON object, with or without a byte order mark before it.
+fn value_of(message: &Received) -> Result<ReplyValue, String> {
+    let payload = message.bytes.payload.as_deref().unwrap_or_default();
+    let payload = payload.strip_prefix(b"\xef\xbb\xbf").unwrap_or(payload);
+    let Some(first) = payload.iter().find(|byte| !byte.is_ascii_whitespace()) else {
+        return Err("it has no value".to_owned());
+    };
+    // A struct is read from an array, too, field by field.
+    if *first != b'{' && serde_json::from_slice::<IgnoredAny>(payload).is_ok() {
+        return Err("its value is not a JSON object".to_owned());
+    }
+    serde_json::from_slice(payload).map_err(|error| match error.classify() {
+        // A field that is there twice.
+        serde_json::error::Category::Data => format!("its value is ambiguous: {error}"),
+        _ => format!("its value is not JSON: line {} column {}", error.line(), error.column()),
+    })
 }
 
 /// `id` of the value: a number, or a number as text, as JavaScript services send it.
-fn subject_of(value: &Value) -> Result<Option<String>, String> {
-    let subject = match present(value, "id") {
-        None => return Ok(None),
-        Some(Value::Number(number)) => number.as_i64().map(|id| id.to_string()),
-        Some(Value::String(text)) => text.parse::<i64>().ok().map(|id| id.to_string()),
-        Some(_) => None,
+fn subject(id: Scalar) -> Result<String, String> {
+    /// Up to here a floating-point number is exact.
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    let id = match id {
+        Scalar::Whole(id) => Some(id),
+        Scalar::Fraction(id) if id.fract() == 0.0 && id.abs() <= EXACT => Some(id as i64),
+        Scalar::Text(text) => text.parse().ok(),
+        Scalar::Fraction(_) | Scalar::Other => None,
     };
-    subject.map(Some).ok_or_else(|| "id in the value is not a whole number".to_owned())
+    id.map(|id| id.to_string()).ok_or_else(|| "id in the value is not a whole number".to_owned())
 }
 
 #[cfg(test)]
@@ -198,11 +286,13 @@ mod tests {
             topic: "user.create.close".into(),
             partition: 0,
             offset: 7,
-            timestamp_ms: 1000,
+            kafka_at: DateTime::from_timestamp_millis(1000),
             cluster_id: "c".into(),
-            key: None,
-            headers: headers.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-            payload: Some(payload.as_bytes().to_vec()),
+            bytes: Bytes {
+                headers: headers.iter().map(|(k, v)| ((*k).to_owned(), Some(v.as_bytes().to_vec()))).collect(),
+                payload: Some(payload.as_bytes().to_vec()),
+                ..Bytes::default()
+            },
         }
     }
 
@@ -231,14 +321,6 @@ mod tests {
     }
 
     #[test]
-    fn what_a_database_could_not_hold_is_kept_as_hexadecimal() {
-        assert_eq!(header_text(Some(b"plain \xc3\xbc")), "plain ü");
-        assert_eq!(header_text(Some(b"a\0b")), "hex:610062");
-        assert_eq!(header_text(Some(b"\xff")), "hex:ff");
-        assert_eq!(header_text(None), "");
-    }
-
-    #[test]
     fn saga_reply_is_understood_only_from_the_participant() {
         let verdict =
             |headers: &[(&str, &str)], payload| verdict(&message(headers, payload), Meaning::Either, "user-service");
@@ -255,10 +337,55 @@ mod tests {
     }
 
     #[test]
-    fn a_message_without_an_id_is_known_by_its_place() {
-        assert_eq!(message(&[], "{}").message_key(), "at:c:user.create.close:0:7:1000");
-        assert_eq!(message(&[("ce_id", "x"), ("ce_source", "s")], "{}").message_key(), "id:user.create.close:s:x");
-        let long = message(&[("ce_id", &"x".repeat(9000))], "{}").message_key();
+    fn a_whole_number_is_one_however_it_is_written() {
+        let subject = |id: &str| naming(&message(&[], &format!(r#"{{"id":{id}}}"#))).map(|naming| naming.subject);
+        for id in ["7", "7.0", "7e0", "70E-1", "\"7\""] {
+            assert_eq!(subject(id), Ok(Some("7".into())), "{id}");
+        }
+        assert_eq!(subject("-7"), Ok(Some("-7".into())));
+        assert_eq!(subject("9223372036854775807"), Ok(Some("9223372036854775807".into())));
+        for id in ["7.5", "9007199254740994.0", "9223372036854775808", "1e19", "\"7.0\"", "\"\"", "true", "[7]", "{}"] {
+            assert!(subject(id).unwrap_err().contains("whole number"), "{id}");
+        }
+        assert!(subject("1e999").unwrap_err().contains("not JSON"));
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_the_value_and_depth_no_danger() {
+        let by = |payload: &str| naming(&message(&[], payload)).map(|naming| naming.by);
+        assert_eq!(by("\u{feff}{\"id\":7}"), Ok(NamedBy::Subject("7".into())));
+        let deep = "[".repeat(1_000_000);
+        assert!(by(&deep).unwrap_err().contains("not JSON"));
+        assert!(by(&format!(r#"{{"id":{deep}}}"#)).unwrap_err().contains("not JSON"));
+        let closed = format!("{deep}{}", "]".repeat(1_000_000));
+        assert_eq!(by(&format!(r#"{{"id":7,"x":{closed}}}"#)), Ok(NamedBy::Subject("7".into())));
+        assert!(by(&closed).unwrap_err().contains("not a JSON object"));
+        assert!(by("[7,null,null,null,null,null]").unwrap_err().contains("not a JSON object"));
+    }
+
+    #[test]
+    fn what_is_there_twice_must_agree() {
+        let by = |headers: &[(&str, &str)], payload| naming(&message(headers, payload)).map(|naming| naming.by);
+        assert!(by(&[], r#"{"id":7,"id":8}"#).unwrap_err().contains("duplicate field `id`"));
+        assert_eq!(by(&[("correlationId", "c"), ("correlationId", "c")], "{}"), Ok(NamedBy::CorrelationId("c".into())));
+        assert!(by(&[("correlationId", "c"), ("correlationId", "d")], "{}").unwrap_err().contains("disagree"));
+        assert!(by(&[("correlationId", "a\0b")], "{}").unwrap_err().contains("not text"));
+    }
+
+    #[test]
+    fn a_message_is_known_by_its_id_else_by_its_place() {
+        let key = |headers: &[(&str, &str)]| message(headers, "{}").identity(&[0xab; 32]);
+        assert_eq!(key(&[]), "at:c:user.create.close:0:7:1000:abababababababab");
+        assert_eq!(key(&[("ce_id", "x"), ("ce_source", "s")]), "id:user.create.close:1:s:x");
+        assert_eq!(key(&[("ce_id", "x")]), "id:user.create.close:0::x");
+        assert_ne!(
+            key(&[("ce_id", "c"), ("ce_source", "a:b")]),
+            key(&[("ce_id", "b:c"), ("ce_source", "a")]),
+            "source and id are kept apart"
+        );
+        let long = key(&[("ce_id", &"x".repeat(9000))]);
         assert!(long.starts_with("id-hash:user.create.close:") && long.len() < 100, "{long}");
+        assert!(key(&[("ce_id", "x"), ("ce_id", "y")]).starts_with("at:"), "two ids are none");
+        assert!(key(&[("ce_id", "x\0")]).starts_with("at:"));
     }
 }

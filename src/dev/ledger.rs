@@ -6,11 +6,12 @@ use std::{
     time::Duration,
 };
 
+use outbox_relay::headers::MessageHeaders;
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer},
     error::KafkaError,
-    message::{BorrowedMessage, Headers},
+    message::BorrowedMessage,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -99,10 +100,8 @@ impl Ledger {
 
 fn note(seen: &mut Seen, message: &BorrowedMessage<'_>) {
     let text = |bytes: Option<&[u8]>| String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned();
-    let header = |name: &str| {
-        let found = message.headers().and_then(|headers| headers.iter().find(|header| header.key == name));
-        text(found.and_then(|header| header.value))
-    };
+    let headers = MessageHeaders::read(message.headers());
+    let header = |name: &str| text(headers.get(name));
     seen.note(message.topic(), &text(message.key()), header);
 }
 

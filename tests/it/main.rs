@@ -24,6 +24,7 @@ mod relay_implicit_acknowledgement;
 mod relay_parked;
 mod relay_replay;
 mod replicas;
+mod replies;
 mod saga_suite;
 mod sagas;
 mod session_cookies;

@@ -125,7 +125,7 @@ impl<'p, F: Flows, S: Subject> Play<'p, F, S> {
 
     async fn repeat(&mut self, what: Say, message: Received) -> Verdict {
         let mut elsewhere = Received { offset: self.next_offset(), ..message.clone() };
-        elsewhere.headers.remove("ce_id");
+        elsewhere.bytes.headers.retain(|(name, _)| name != "ce_id");
         let copies =
             [("a copy", message), ("a copy without an id", elsewhere), ("the same said anew", self.message(what))];
         let count = self.remote.count();

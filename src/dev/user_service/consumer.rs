@@ -2,12 +2,12 @@
 
 use std::{collections::BTreeMap, thread, time::Duration};
 
-use outbox_relay::Database;
+use outbox_relay::{Database, headers::MessageHeaders};
 use rdkafka::{
     ClientConfig, Message,
     consumer::{Consumer, StreamConsumer},
     error::KafkaError,
-    message::{BorrowedMessage, Header, Headers, OwnedHeaders},
+    message::{BorrowedMessage, Header, OwnedHeaders},
     producer::{FutureProducer, FutureRecord},
 };
 use tokio::{
@@ -118,11 +118,10 @@ impl CommandConsumer {
     }
 
     fn read(&self, message: &BorrowedMessage<'_>) -> Result<Command, String> {
-        let headers: BTreeMap<String, String> = message
-            .headers()
-            .iter()
-            .flat_map(|headers| headers.iter())
-            .filter_map(|Header { key, value }| Some((key.to_owned(), std::str::from_utf8(value?).ok()?.to_owned())))
+        let headers: BTreeMap<String, String> = MessageHeaders::read(message.headers())
+            .readable
+            .into_iter()
+            .filter_map(|(name, value)| Some((name.to_owned(), std::str::from_utf8(value?).ok()?.to_owned())))
             .collect();
         let topic = message.topic().strip_prefix(&self.topic_prefix).unwrap_or(message.topic());
         Command::read(topic, &headers, message.payload())

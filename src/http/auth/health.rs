@@ -15,14 +15,18 @@ pub async fn live(State(app): State<App>) -> Response {
 }
 
 /// `GET /auth/health` and `GET /auth/health/ready`: whether requests can be served. A no has the
-/// health report's fields and the error's, for readers of either.
+/// health report's fields and the error's, for readers of either. What keeps a role from its work, while
+/// requests are served, is a detail.
 pub async fn ready(State(app): State<App>) -> Response {
     let readiness = app.health.check(&app).await;
     if readiness == Readiness::Ready {
-        return Json(report(&app, StatusCode::OK)).into_response();
+        let mut body = report(&app, StatusCode::OK);
+        add_details(&app, &mut body);
+        return Json(body).into_response();
     }
     let error = ApiError::Unavailable;
     let mut body = report(&app, error.status());
+    add_details(&app, &mut body);
     let message = readiness.to_string();
     body["statusCode"] = body["status"].clone();
     body["message"] = json!(message);
@@ -31,6 +35,19 @@ pub async fn ready(State(app): State<App>) -> Response {
     let (mut parts, _) = error.into_response().into_parts();
     parts.headers.remove(axum::http::header::CONTENT_LENGTH);
     Response::from_parts(parts, Json(body).into_response().into_body())
+}
+
+fn add_details(app: &App, body: &mut Value) {
+    let troubles = app.replies.troubles();
+    if !troubles.is_empty() {
+        let troubles: Vec<Value> = troubles
+            .iter()
+            .map(|(trouble, detail, since)| {
+                json!({ "trouble": trouble.as_str(), "detail": detail, "seconds": since.as_secs() })
+            })
+            .collect();
+        body["details"] = json!({ "sagas": troubles });
+    }
 }
 
 fn report(app: &App, status: StatusCode) -> Value {

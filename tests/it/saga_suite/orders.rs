@@ -1,9 +1,9 @@
 //! A flow made up for the suite: an order is reserved, charged and announced. And what its author
 //! could have got wrong.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
-use outbox_relay::Wake;
+use outbox_relay::{Wake, inbox::Bytes};
 use saga_orchestrator::{
     Definition, Flows, LocalOutcome, NewSaga, Orchestrator, Recourse, Saga, SagaSettings, Settlement,
     definition::{Command, Step, Undo},
@@ -136,11 +136,13 @@ pub fn answer(topic: &str, saga_id: Uuid) -> Received {
         topic: topic.to_owned(),
         partition: 0,
         offset: 0,
-        timestamp_ms: 0,
+        kafka_at: None,
         cluster_id: "none".to_owned(),
-        key: None,
-        headers: BTreeMap::from([("saga-id".to_owned(), saga_id.to_string())]),
-        payload: Some(b"{}".to_vec()),
+        bytes: Bytes {
+            headers: vec![("saga-id".to_owned(), Some(saga_id.to_string().into_bytes()))],
+            payload: Some(b"{}".to_vec()),
+            ..Bytes::default()
+        },
     }
 }
 

@@ -8,6 +8,7 @@ pub mod outage;
 pub mod outbox;
 pub mod parts;
 pub mod process;
+pub mod raw_kafka;
 pub mod service;
 
 use std::time::{Duration, Instant};

@@ -183,6 +183,21 @@ impl TestService {
             .await;
     }
 
+    /// Waits until readiness says of this trouble of the role `sagas` what is wanted: its detail, or `None`.
+    pub async fn until_detail(&self, trouble: &str, wanted: impl Fn(Option<&str>) -> bool) {
+        eventually(&format!("readiness says what is wanted of {trouble}"), || async {
+            let ready = self.request(Method::GET, "/auth/health/ready").send().await.expect("an answer");
+            if ready.status() != 200 {
+                return None;
+            }
+            let ready: Value = ready.json().await.expect("JSON");
+            let told = ready["details"]["sagas"].as_array().cloned().unwrap_or_default();
+            let found = told.iter().find(|told| told["trouble"] == trouble);
+            wanted(found.map(|told| told["detail"].as_str().expect("a detail"))).then_some(())
+        })
+        .await;
+    }
+
     /// The database and topics, for a second instance beside this one.
     pub fn beside(&self) -> Option<(String, String)> {
         Some((self.database.clone(), self.prefix.clone()))

@@ -1,7 +1,6 @@
 //! What other services say, as a message.
 
-use std::collections::BTreeMap;
-
+use outbox_relay::inbox::Bytes;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -51,24 +50,21 @@ impl<F: Flows, S: Subject> Play<'_, F, S> {
             Say::Done(step) | Say::Refused(step) => (step, false),
             Say::Undone(step) | Say::UndoRefused(step) => (step, true),
         };
-        let mut headers = BTreeMap::from(
-            [
-                ("ce_id", Uuid::now_v7().to_string()),
-                ("ce_source", PARTICIPANT.to_owned()),
-                ("causation-id", self.remote.message_id(step, undo).to_string()),
-            ]
-            .map(|(name, value)| (name.to_owned(), value)),
-        );
+        let mut headers = vec![
+            header("ce_id", &Uuid::now_v7().to_string()),
+            header("ce_source", PARTICIPANT),
+            header("causation-id", &self.remote.message_id(step, undo).to_string()),
+        ];
         let mut value = json!({ "reason": REFUSAL });
         match self.naming {
-            Naming::Header => drop(headers.insert("saga-id".to_owned(), self.saga_id.to_string())),
+            Naming::Header => headers.push(header("saga-id", &self.saga_id.to_string())),
             Naming::Value => value["sagaId"] = json!(self.saga_id),
             Naming::CorrelationId | Naming::Original => {
-                headers.insert("correlationId".to_owned(), self.correlation_id.clone());
+                headers.push(header("correlationId", &self.correlation_id));
             }
         }
         if original.is_some() {
-            headers.insert("service".to_owned(), PARTICIPANT.to_owned());
+            headers.push(header("service", PARTICIPANT));
             let status = if matches!(what, Say::Done(_)) { "ok" } else { "error" };
             value = json!({ "from": PARTICIPANT, "status": status, "message": REFUSAL });
         }
@@ -76,11 +72,9 @@ impl<F: Flows, S: Subject> Play<'_, F, S> {
             topic: topic.to_owned(),
             partition: 0,
             offset: self.next_offset(),
-            timestamp_ms: 0,
+            kafka_at: None,
             cluster_id: "suite".to_owned(),
-            key: None,
-            headers,
-            payload: Some(value.to_string().into_bytes()),
+            bytes: Bytes { headers, payload: Some(value.to_string().into_bytes()), ..Bytes::default() },
         }
     }
 
@@ -107,4 +101,8 @@ impl<F: Flows, S: Subject> Play<'_, F, S> {
         };
         format!("{word:?} of step {}", self.stage.definition.steps[step].name)
     }
+}
+
+fn header(name: &str, value: &str) -> (String, Option<Vec<u8>>) {
+    (name.to_owned(), Some(value.as_bytes().to_vec()))
 }
