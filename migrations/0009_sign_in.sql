@@ -11,30 +11,40 @@ alter table refresh_tokens add column earlier_rotations timestamptz[] not null d
 -- rows it writes. A transaction sees what the one before it in the lock committed as long as it is READ COMMITTED, and
 -- all of ours are.
 --
--- Pairs that are there already stay: `auth-service migrate` lists them.
+-- Pairs that are there already stay: `auth-service migrate` lists them. When it gives adopted users their canonical
+-- names anew, it says so, and nothing is compared.
 create function auth_users_one_namespace() returns trigger language plpgsql set search_path from current as $$
 declare
     lock_id constant bigint := 7306088137498190193;
+    check_username boolean := true;
+    check_email boolean := true;
 begin
+    if tg_op = 'UPDATE' then
+        check_username := new.username_canonical is distinct from old.username_canonical;
+        check_email := new.email_canonical is distinct from old.email_canonical;
+        if not (check_username or check_email) or current_setting('auth_service.adopting', true) = 'on' then
+            return new;
+        end if;
+    end if;
     if position('@' in new.username_canonical) > 0 or position('@' in new.email_canonical) = 0 then
         perform pg_advisory_xact_lock(lock_id);
     else
         perform pg_advisory_xact_lock_shared(lock_id);
     end if;
-    if tg_op = 'INSERT' or new.email_canonical is distinct from old.email_canonical then
-        if exists (select from auth_users where username_canonical = new.email_canonical and id <> new.id) then
-            raise unique_violation using constraint = 'auth_users_email_no_username',
-                message = 'the e-mail address is another user''s username';
-        end if;
+    if check_email
+       and exists (select from auth_users where username_canonical = new.email_canonical and id <> new.id) then
+        raise unique_violation using constraint = 'auth_users_email_no_username',
+            message = 'the e-mail address is another user''s username';
     end if;
-    if tg_op = 'INSERT' or new.username_canonical is distinct from old.username_canonical then
-        if exists (select from auth_users where email_canonical = new.username_canonical and id <> new.id) then
-            raise unique_violation using constraint = 'auth_users_username_no_email',
-                message = 'the username is another user''s e-mail address';
-        end if;
+    if check_username
+       and exists (select from auth_users where email_canonical = new.username_canonical and id <> new.id) then
+        raise unique_violation using constraint = 'auth_users_username_no_email',
+            message = 'the username is another user''s e-mail address';
     end if;
     return new;
 end $$;
 
-create trigger auth_users_one_namespace before insert or update of username_canonical, email_canonical on auth_users
+-- Of all updates, not of the two columns alone: a trigger that names a column keeps it from being dropped, and
+-- Sequelize's sync() does that half way through.
+create trigger auth_users_one_namespace before insert or update on auth_users
     for each row execute function auth_users_one_namespace();

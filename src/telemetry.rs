@@ -102,6 +102,10 @@ fn describe() {
     for (name, says) in [
         ("auth_refresh_total", "Refreshes, by outcome"),
         ("auth_logins_total", "Logins, by outcome"),
+        ("auth_login_failures_total", "Passwords that let nobody in, by reason"),
+        ("auth_logouts_total", "Logouts, by scope and whether they named a session"),
+        ("auth_token_refusals_total", "Requests whose tokens were refused, by request and reason"),
+        ("auth_sessions_capped_total", "Sessions ended because their user had too many"),
         ("auth_admin_refusals_total", "Requests at the admin port without a good token, or beyond its scopes"),
         ("outbox_publish_errors_total", "Sends that failed, by whose fault"),
         ("saga_transitions_total", "Saga transitions, by kind and the status reached"),

@@ -29,6 +29,8 @@ pub(super) async fn name_accounts(conn: &mut PgConnection) -> Result<(), SchemaE
                                 add column if not exists email_canonical text",
     )
     .await?;
+    // What two accounts share already they keep: see migrations/0009_sign_in.sql.
+    tx.execute("select set_config('auth_service.adopting', 'on', true)").await?;
     tx.execute(
         r#"update auth_users set username_canonical = lower(username collate "C"),
                                  email_canonical = lower(email collate "C")"#,

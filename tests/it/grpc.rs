@@ -155,6 +155,10 @@ async fn accounts_are_for_callers_with_credentials() {
         let request = with_token(MarkVerifiedRequest { user_id: id }, CALLER_TOKEN);
         assert!(accounts.mark_verified(request).await.unwrap().into_inner().is_verified);
     }
+    let audited: Vec<(String, String, String, serde_json::Value)> =
+        sqlx::query_as("select actor, action, target, detail from admin_audit").fetch_all(&service.db).await.unwrap();
+    let line = ("gateway", "account.mark-verified", format!("user {id}"), serde_json::json!({ "status": "pending" }));
+    assert_eq!(audited, [(line.0.to_owned(), line.1.to_owned(), line.2, line.3)], "once, however often it is repeated");
     for (user_id, code) in [
         (0, Code::InvalidArgument),
         (-1, Code::InvalidArgument),

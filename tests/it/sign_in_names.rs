@@ -153,5 +153,16 @@ async fn pairs_that_were_there_before_are_listed_and_keep_what_they_have() {
         sqlx::query_scalar("select username from auth_users order by id").fetch_all(&original.db).await.unwrap();
     assert_eq!(kept, ["Ada@Corp.org", "ada"]);
     sqlx::query("update auth_users set is_verified = false, password_hash = 'x'").execute(&original.db).await.unwrap();
-    assert_eq!(migrations::run(&PARTS.connect_options(&original.database)).await.unwrap(), 0);
+    // The replaced service, started once more, drops our columns; they can be given anew.
+    sqlx::raw_sql("alter table auth_users drop column username_canonical, drop column email_canonical")
+        .execute(&original.db)
+        .await
+        .unwrap();
+    migrations::run(&PARTS.connect_options(&original.database)).await.unwrap();
+    let canonical: Vec<(String, String)> =
+        sqlx::query_as("select username_canonical, email_canonical from auth_users order by id")
+            .fetch_all(&original.db)
+            .await
+            .unwrap();
+    assert_eq!((canonical[0].0.as_str(), canonical[1].1.as_str()), ("ada@corp.org", "ada@corp.org"));
 }
