@@ -133,10 +133,12 @@ impl FromRequestParts<App> for Carried {
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
-    let Some(value) = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()) else {
+    let Some(value) = headers.get(header::CONTENT_TYPE) else {
         return false;
     };
-    let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    // What a parameter holds is nothing to us, even if it is no text.
+    let essence = value.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default();
+    let essence = String::from_utf8_lossy(essence).trim().to_ascii_lowercase();
     essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
 }
 
@@ -228,6 +230,8 @@ mod tests {
             assert_eq!(Fields::parse(&headers("content-type", given), b"{}").is_ok(), accepted, "{given}");
         }
         assert_eq!(Fields::parse(&HeaderMap::new(), b"{}"), Err(ApiError::UnsupportedMediaType));
+        let odd = HeaderValue::from_bytes(b"application/json; name=\xfc").expect("a header");
+        assert!(Fields::parse(&HeaderMap::from_iter([(header::CONTENT_TYPE, odd)]), b"{}").is_ok());
     }
 
     #[test]
