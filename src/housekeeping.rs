@@ -70,6 +70,8 @@ where
         Box::pin(async move {
             // Held by a transaction, so that it ends with the connection and works behind a pooler.
             let mut tx = conn.begin().await?;
+            // It waits for the job, which works on connections of its own.
+            sqlx::query("set local idle_in_transaction_session_timeout = 0").execute(&mut *tx).await?;
             let free: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtext('housekeeping ' || $1))")
                 .bind(name)
                 .fetch_one(&mut *tx)

@@ -82,6 +82,7 @@ fn describe() {
             "auth_refresh_reuse_total",
             "Refresh tokens that had been replaced and were used again; each ended its session",
         ),
+        ("database_connections_condemned_total", "Pooled connections closed because the work on them ended badly"),
         ("outbox_published_total", "Events the broker has acknowledged"),
         ("outbox_parked_total", "Events set aside because they can't be sent"),
         (

@@ -103,8 +103,7 @@ pub(crate) async fn serve_router(
     }
 }
 
-/// Answers what takes too long. The work is dropped, and with it a transaction that has not begun
-/// to commit.
+/// Answers what takes too long. Only the waiting ends: a transaction that has begun ends by itself.
 async fn deadline(work: Duration, request: Request, next: Next) -> Response {
     match tokio::time::timeout(work, next.run(request)).await {
         Ok(response) => response,
