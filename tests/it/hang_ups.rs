@@ -13,7 +13,8 @@ use auth_service::{
     admin,
     app::{App, Role},
     domain::{Identifier, UserId},
-    http, sessions,
+    http,
+    sessions::{self, Arrived, Carried},
 };
 use axum::{
     body::{Body, to_bytes},
@@ -144,6 +145,11 @@ async fn answer(router: axum::Router, request: Request<Body>) -> (u16, Value) {
     (status, serde_json::from_slice(&body).unwrap_or_default())
 }
 
+/// A request that carries nothing.
+fn carried() -> Carried {
+    Carried::new(Arrived(Instant::now()))
+}
+
 struct SignedIn {
     access: String,
     refresh: String,
@@ -153,7 +159,7 @@ impl SignedIn {
     async fn new(app: &App, name: &str) -> Self {
         let password = SecretString::from("a long enough secret");
         let context = RequestContext::default();
-        let signed_in = accounts::login(app, Identifier::parse(name), password, None, &context).await;
+        let signed_in = accounts::login(app, Identifier::parse(name), password, &carried(), &context).await;
         let tokens = signed_in.unwrap().tokens;
         Self {
             access: tokens.access.token.expose_secret().to_owned(),
@@ -213,7 +219,7 @@ async fn a_client_that_hangs_up_on_rest_leaves_nothing_behind() {
         // An earlier one may have ended the session although nobody waited for its answer.
         let (status, _) = at_every_await(&service, &path, |_| request()).await;
         assert!([200, 400].contains(&status), "{path}: {status}");
-        let ended = sessions::validate(app, &ada.access).await.is_err();
+        let ended = sessions::validate(app, &carried().with_access(&*ada.access)).await.is_err();
         assert_eq!(ended, scope != "others", "{path}");
     }
     service.stop().await;
@@ -226,13 +232,19 @@ async fn a_caller_of_a_use_case_that_hangs_up_leaves_nothing_behind() {
     service.registered("ada").await;
     let id = UserId(i32::try_from(service.count("select id::bigint from auth_users").await).unwrap());
     let ada = SignedIn::new(app, "ada").await;
-    assert!(at_every_await(&service, "validate", |_| sessions::validate(app, &ada.access)).await.is_ok());
-    let renewed =
-        at_every_await(&service, "legacy refresh", |_| sessions::access_from_refresh(app, &ada.refresh)).await;
-    assert!(renewed.is_ok());
-    assert!(at_every_await(&service, "refresh", |_| sessions::refresh(app, &ada.refresh)).await.is_ok());
+    let (access, refresh) = (carried().with_access(&*ada.access), carried().with_refresh(&*ada.refresh));
+    assert!(at_every_await(&service, "validate", |_| sessions::validate(app, &access)).await.is_ok());
+    assert!(at_every_await(&service, "signed in", |_| sessions::signed_in(app, &access)).await.is_ok());
+    let renewed = at_every_await(&service, "legacy refresh", |_| sessions::access_from_refresh(app, &refresh));
+    assert!(renewed.await.is_ok());
+    assert!(at_every_await(&service, "refresh", |_| sessions::refresh(app, &refresh)).await.is_ok());
     assert!(at_every_await(&service, "get account", |_| accounts::get_account(app, id)).await.unwrap().is_some());
-    assert!(at_every_await(&service, "mark verified", |_| accounts::mark_verified(app, id)).await.unwrap().is_some());
+    assert!(
+        at_every_await(&service, "mark verified", |_| accounts::mark_verified(app, id, "a test"))
+            .await
+            .unwrap()
+            .is_some()
+    );
     service.stop().await;
 }
 
