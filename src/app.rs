@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    convert::Infallible,
     fmt,
     net::SocketAddr,
     ops::Deref,
@@ -12,9 +13,11 @@ use std::{
 
 use anyhow::Context;
 use metrics_exporter_prometheus::PrometheusHandle;
-use outbox_relay::{Database, KafkaSettings, PoolSettings, Relay, RelaySettings, Wake};
+use outbox_relay::{
+    Database, KafkaSettings, PoolSettings, Relay, RelaySettings, Wake,
+    supervisor::{GaveUp, RestartPolicy, Supervisor},
+};
 use saga_orchestrator::{ConsumerSettings, ConsumerStatus, Definition, Orchestrator, SagaSettings, flows::create_user};
-use tokio::net::TcpListener;
 use tokio_util::task::TaskTracker;
 
 use crate::{
@@ -26,7 +29,9 @@ use crate::{
     health::Health,
     housekeeping, http, migrations,
     participants::Participants,
+    server::{Listener, Protocol, fit_descriptors},
     shutdown::Shutdown,
+    telemetry,
     user_client::UserServiceClient,
 };
 
@@ -60,6 +65,8 @@ pub struct Shared {
     pub wake: Wake,
     /// Whether this instance can serve.
     pub health: Health,
+    /// Runs its tasks.
+    pub supervisor: Supervisor,
     /// Renders the metrics.
     pub metrics: PrometheusHandle,
     /// When the process began.
@@ -162,6 +169,10 @@ impl App {
             failed_logins: FailedLogins::default(),
             replies: ConsumerStatus::default(),
             health: Health::default(),
+            supervisor: Supervisor::new(RestartPolicy {
+                give_up_after: config.task_give_up_after,
+                ..RestartPolicy::default()
+            }),
             started: Instant::now(),
             shutdown: Shutdown::default(),
             wake,
@@ -195,53 +206,70 @@ impl App {
             poll: config.relay.poll,
             fencing: config.relay.fencing,
         };
-        Relay::new(self.relay_pool(), settings, self.wake.clone())
+        Relay::new(self.relay_pool(), settings, self.wake.clone()).supervised_by(self.supervisor.clone())
     }
 }
 
 /// Starts the roles. Ports are bound before anything runs, so that a port that is taken is said at
 /// once; a database that is away is not an error: the process serves when it is back.
-pub async fn start(config: Config, roles: &BTreeSet<Role>, metrics: PrometheusHandle) -> anyhow::Result<Running> {
-    for warning in &config.warnings {
+pub async fn start(mut config: Config, roles: &BTreeSet<Role>, metrics: PrometheusHandle) -> anyhow::Result<Running> {
+    let descriptors = fit_descriptors(&mut config);
+    for warning in config.warnings.iter().chain(&descriptors) {
         tracing::warn!("{warning}");
     }
     let app = App::build(config, metrics)?;
     check_schema(&app).await?;
-    let bind = async |role: Role, address: SocketAddr, variable: &str| -> anyhow::Result<Option<TcpListener>> {
-        if !roles.contains(&role) {
-            return Ok(None);
-        }
-        let listener = TcpListener::bind(address).await;
-        listener.map(Some).with_context(|| {
-            format!("can't listen on {address}: set {variable} to a free port, or stop what holds this one")
-        })
+    let config = &app.config;
+    let bind = async |role: Role, address, bounds, protocol| match roles.contains(&role) {
+        true => Listener::bind(role.as_str(), address, bounds, config.timeouts, protocol).await.map(Some),
+        false => Ok(None),
     };
-    let http = bind(Role::Http, app.config.http.listen, "PORT").await?;
-    let grpc = bind(Role::Grpc, app.config.grpc.listen, "GRPC_PORT").await?;
-    let admin = bind(Role::Admin, app.config.admin.listen, "ADMIN_PORT").await?;
-    let address = |listener: &Option<TcpListener>| listener.as_ref().map(TcpListener::local_addr).transpose();
-    let mut running = Running {
-        http: address(&http)?,
-        grpc: address(&grpc)?,
-        admin: address(&admin)?,
+    let json = Protocol::Http(http::unreadable);
+    let http = bind(Role::Http, (config.http.listen, "PORT"), config.http.listener, json).await?;
+    let protocol = grpc::protocol(config.grpc.tls.as_ref())?;
+    let grpc = bind(Role::Grpc, (config.grpc.listen, "GRPC_PORT"), config.grpc.listener, protocol).await?;
+    let json = Protocol::Http(http::unreadable);
+    let admin = bind(Role::Admin, (config.admin.listen, "ADMIN_PORT"), config.admin.listener, json).await?;
+    let address = |listener: &Option<Arc<Listener>>| listener.as_ref().map(|listener| listener.address());
+    let running = Running {
+        http: address(&http),
+        grpc: address(&grpc),
+        admin: address(&admin),
         app: app.clone(),
         tasks: TaskTracker::new(),
     };
     let stop = app.shutdown.stopping.clone();
     if let Some(listener) = http {
-        running.spawn("http", http::serve(listener, app.clone(), stop.clone()));
+        let (app, stop) = (app.clone(), stop.clone());
+        running.supervise("http", move || {
+            listener.clone().serve(http::router(app.clone()), http::FINISH_DEADLINE, stop.clone())
+        });
     }
     if let Some(listener) = grpc {
-        running.spawn("grpc", grpc::serve(listener, app.clone(), stop.clone()));
+        let (app, stop) = (app.clone(), stop.clone());
+        running.supervise("grpc", move || grpc::serve(listener.clone(), app.clone(), stop.clone()));
     }
     if let Some(listener) = admin {
-        running.spawn("admin", admin::serve(listener, app.clone(), stop.clone()));
+        let (app, stop) = (app.clone(), stop.clone());
+        running.supervise("admin", move || {
+            listener.clone().serve(admin::router(app.clone()), admin::FINISH_DEADLINE, stop.clone())
+        });
     }
-    let announcing = app.wake.clone().announce(app.db.clone(), stop.clone());
-    running.tasks.spawn(announcing);
+    {
+        let (app, stop) = (app.clone(), stop.clone());
+        running
+            .supervise("wake-announcer", move || without_fail(app.wake.clone().announce(app.db.clone(), stop.clone())));
+    }
+    {
+        let (app, stop) = (app.clone(), stop.clone());
+        running.supervise("metrics-upkeep", move || {
+            let upkeep = telemetry::keep_up_metrics(app.metrics.clone());
+            let stop = stop.clone();
+            async move { stop.run_until_cancelled(upkeep).await.unwrap_or(Ok(())) }
+        });
+    }
     if roles.contains(&Role::Relay) {
-        let relay = app.relay().run(stop.clone());
-        running.spawn("relay", async { relay.await.map_err(anyhow::Error::from) });
+        running.own_relay(app.relay());
     }
     if roles.contains(&Role::Sagas) {
         let settings = ConsumerSettings {
@@ -249,16 +277,33 @@ pub async fn start(config: Config, roles: &BTreeSet<Role>, metrics: PrometheusHa
             group_id: app.config.kafka.group_id.clone(),
             client: app.config.kafka.client.clone(),
         };
-        let consuming = app.sagas.clone().consume(app.db.clone(), settings, app.replies.clone(), stop.clone());
-        running.tasks.spawn(consuming);
-        running.tasks.spawn(app.sagas.clone().watch_deadlines(app.db.clone(), SWEEP, stop.clone()));
+        let (consuming, stopped) = (app.clone(), stop.clone());
+        running.supervise("reply-consumer", move || {
+            let sagas = consuming.sagas.clone();
+            without_fail(sagas.consume(
+                consuming.db.clone(),
+                settings.clone(),
+                consuming.replies.clone(),
+                stopped.clone(),
+            ))
+        });
+        let (app, stop) = (app.clone(), stop.clone());
+        running.supervise("saga-deadlines", move || {
+            without_fail(app.sagas.clone().watch_deadlines(app.db.clone(), SWEEP, stop.clone()))
+        });
     }
     if roles.contains(&Role::Housekeeping) {
-        let housekeeping = housekeeping::run(app.clone(), stop.clone());
-        running.spawn("housekeeping", async { housekeeping.await.map_err(anyhow::Error::from) });
+        let (app, stop) = (app.clone(), stop.clone());
+        running.supervise("housekeeping", move || housekeeping::run(app.clone(), stop.clone()));
     }
     running.tasks.close();
     Ok(running)
+}
+
+/// A task whose only failures are an end and a panic.
+async fn without_fail(task: impl Future<Output = ()>) -> Result<(), Infallible> {
+    task.await;
+    Ok(())
 }
 
 /// A schema that is behind is an error of the deployment and said at once.
@@ -276,23 +321,30 @@ async fn check_schema(app: &App) -> anyhow::Result<()> {
 }
 
 impl Running {
-    /// A role that ends by itself is a reason to stop: what is left would look alive and not be.
-    fn spawn<F, E>(&mut self, name: &'static str, role: F)
+    fn supervise<T, E>(&self, name: &'static str, start: impl FnMut() -> T + Send + 'static)
     where
-        F: Future<Output = Result<(), E>> + Send + 'static,
-        E: fmt::Display + Send,
+        T: Future<Output = Result<(), E>> + Send + 'static,
+        E: fmt::Display + Send + 'static,
     {
+        let (supervisor, stop) = (self.app.supervisor.clone(), self.app.shutdown.stopping.clone());
+        self.tasks.spawn(async move { supervisor.run(name, stop, start).await });
+    }
+
+    /// The relay supervises its parts itself. What it refuses at its start is a fault of the settings, which no
+    /// restart mends: the process ends.
+    fn own_relay(&self, relay: Relay) {
         let shutdown = self.app.shutdown.clone();
         self.tasks.spawn(async move {
-            let ended = role.await;
-            if !shutdown.stopping.is_cancelled() {
-                match ended {
-                    Ok(()) => tracing::error!(role = name, "ended unexpectedly; stopping"),
-                    Err(error) => tracing::error!(role = name, %error, "failed; stopping"),
-                }
+            if let Err(error) = relay.run(shutdown.stopping.clone()).await {
+                tracing::error!(role = "relay", %error, "failed; stopping");
                 shutdown.begin(Duration::ZERO).await;
             }
         });
+    }
+
+    /// Returns when a task of this process has failed for too long: what is left looks alive and is not.
+    pub async fn gave_up(&self) -> GaveUp {
+        self.app.supervisor.gave_up().await
     }
 
     /// Stops in order and waits until everything has finished, at most `patience` long.

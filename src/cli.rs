@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use metrics_exporter_prometheus::PrometheusHandle;
 use sqlx::{Connection, PgConnection};
 
 use crate::{
@@ -45,6 +46,10 @@ enum Command {
     UserService(crate::dev::UserServiceArgs),
     /// Run the service; several replicas of any role may run side by side
     Serve {
+        /// Fail where FAILPOINTS says, for the fault suite; the variable alone does nothing
+        #[cfg(feature = "dev")]
+        #[arg(long, hide = true)]
+        arm_fault_points: bool,
         /// What this process does, all of it by default: http, grpc, admin, relay, sagas, housekeeping
         #[arg(long = "role", value_delimiter = ',', value_name = "ROLE,…")]
         roles: Vec<Role>,
@@ -157,7 +162,19 @@ async fn dispatch(command: Command) -> Result<ExitCode, Failure> {
         Command::Demo(args) => Ok(crate::dev::demo::run(args).await?),
         #[cfg(feature = "dev")]
         Command::UserService(args) => Ok(crate::dev::run_user_service(args).await?),
-        Command::Serve { roles } => serve(roles).await,
+        Command::Serve {
+            #[cfg(feature = "dev")]
+            arm_fault_points,
+            roles,
+        } => {
+            let config = configuration()?;
+            let metrics = telemetry::init(config.log_format, &config.log_filter)?;
+            #[cfg(feature = "dev")]
+            if arm_fault_points {
+                outbox_relay::fault_points::arm();
+            }
+            serve(config, metrics, roles).await
+        }
         Command::Migrate => migrate().await,
         Command::Keys(Keys::Generate { out, bits }) => {
             let files = crypto::write_key_files(&out, bits)?;
@@ -198,11 +215,7 @@ pub(crate) fn from_environment<T>(
     }
 }
 
-async fn serve(roles: Vec<Role>) -> Result<ExitCode, Failure> {
-    let config = configuration()?;
-    let metrics = telemetry::init(config.log_format, &config.log_filter)?;
-    #[cfg(feature = "dev")]
-    outbox_relay::fault_points::arm();
+async fn serve(config: Config, metrics: PrometheusHandle, roles: Vec<Role>) -> Result<ExitCode, Failure> {
     let roles: BTreeSet<Role> = if roles.is_empty() { Role::ALL.into() } else { roles.into_iter().collect() };
     let drain = config.shutdown_drain;
     let running = app::start(config, &roles, metrics).await?;
@@ -216,13 +229,17 @@ async fn serve(roles: Vec<Role>) -> Result<ExitCode, Failure> {
         env!("CARGO_PKG_VERSION")
     );
     let stopping = running.app.shutdown.stopping.clone();
-    let asked_to = tokio::select! {
-        requested = shutdown::requested() => { requested?; true }
-        () = stopping.cancelled() => false,
+    let ended = tokio::select! {
+        requested = shutdown::requested() => requested.map_err(anyhow::Error::from),
+        () = stopping.cancelled() => Err(anyhow::anyhow!("a part of this process has failed; see the log")),
+        gave_up = running.gave_up() => Err(gave_up.into()),
     };
-    tracing::info!("stopping");
-    running.stop(if asked_to { drain } else { Duration::ZERO }, Duration::from_secs(30)).await;
-    Ok(if asked_to { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    match &ended {
+        Ok(()) => tracing::info!("stopping"),
+        Err(error) => tracing::error!(%error, "stopping: this process can't do its work"),
+    }
+    running.stop(if ended.is_ok() { drain } else { Duration::ZERO }, Duration::from_secs(30)).await;
+    Ok(ended.map(|()| ExitCode::SUCCESS)?)
 }
 
 async fn migrate() -> Result<ExitCode, Failure> {

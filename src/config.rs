@@ -9,6 +9,7 @@ mod error;
 mod grpc;
 mod http;
 mod kafka;
+mod listeners;
 mod passwords;
 mod relay;
 mod retention;
@@ -27,10 +28,13 @@ pub use error::{ConfigError, ConfigErrors};
 pub use grpc::{CallerToken, GrpcConfig, GrpcTls};
 pub use http::{CookiePolicy, HttpConfig};
 pub use kafka::KafkaConfig;
+pub use listeners::{ListenerConfig, MAX_HEADERS, Timeouts};
 pub use passwords::PasswordConfig;
 pub use relay::RelayConfig;
 pub use retention::RetentionConfig;
 pub use sagas::{SagaConfig, SilencePolicy};
+
+use tracing_subscriber::EnvFilter;
 
 use crate::crypto::{TokenSettings, TokenSigner};
 use vars::{Setting, Vars};
@@ -66,6 +70,8 @@ pub struct Config {
     pub grpc: GrpcConfig,
     /// The operators' port.
     pub admin: AdminConfig,
+    /// How long clients are waited for.
+    pub timeouts: Timeouts,
     /// How tokens are made.
     pub tokens: TokenSettings,
     /// The keys, read and tested.
@@ -80,6 +86,8 @@ pub struct Config {
     pub retention: RetentionConfig,
     /// For how long a stopping instance says "not ready" before it stops accepting.
     pub shutdown_drain: Duration,
+    /// For how long a task may fail again and again before the process ends.
+    pub task_give_up_after: Duration,
     /// How log lines are written.
     pub log_format: LogFormat,
     /// Which log lines are written (`RUST_LOG`).
@@ -102,14 +110,20 @@ impl Config {
         let http = HttpConfig::read(&mut vars);
         let grpc = GrpcConfig::read(&mut vars);
         let admin = AdminConfig::read(&mut vars);
+        let timeouts = Timeouts::read(&mut vars);
         let passwords = PasswordConfig::read(&mut vars);
         let relay = RelayConfig::read(&mut vars);
         let sagas = SagaConfig::read(&mut vars);
         let retention = RetentionConfig::read(&mut vars);
         let shutdown_drain =
             vars.duration("SHUTDOWN_DRAIN", Duration::from_secs(5), Duration::ZERO..=Duration::from_secs(300));
+        let task_give_up_after = vars.duration(
+            "TASK_GIVE_UP_AFTER",
+            Duration::from_secs(300),
+            Duration::from_secs(1)..=Duration::from_secs(86_400),
+        );
         let log_format = vars.choice("LOG_FORMAT", &[("text", LogFormat::Text), ("json", LogFormat::Json)]);
-        let log_filter = vars.text("RUST_LOG", "info,librdkafka=warn,tokio_cron_scheduler=warn");
+        let log_filter = log_filter(&mut vars);
         let sender = sender(&mut vars);
         if let (Some(http), Some(grpc), Some(admin)) = (&http, &grpc, &admin) {
             distinct_ports(
@@ -127,6 +141,7 @@ impl Config {
                     http,
                     grpc,
                     admin,
+                    timeouts,
                     tokens,
                     signer,
                     passwords,
@@ -134,6 +149,7 @@ impl Config {
                     sagas,
                     retention,
                     shutdown_drain,
+                    task_give_up_after,
                     log_format,
                     log_filter,
                     sender,
@@ -195,6 +211,16 @@ pub fn outbox_places(vars: impl IntoIterator<Item = (String, String)>) -> Result
         (Some(database), Some(kafka)) if vars.errors.is_empty() => Ok(OutboxPlaces { database, kafka, sender }),
         _ => Err(ConfigErrors(vars.errors)),
     }
+}
+
+fn log_filter(vars: &mut Vars) -> String {
+    vars.parse(
+        "RUST_LOG",
+        "info,librdkafka=warn,tokio_cron_scheduler=warn".to_owned(),
+        String::clone,
+        |raw| EnvFilter::try_new(raw).is_ok().then(|| raw.to_owned()),
+        "Write levels (error, warn, info, debug, trace) and targets, for example RUST_LOG=info,librdkafka=warn",
+    )
 }
 
 fn sender(vars: &mut Vars) -> String {

@@ -21,7 +21,7 @@ pub struct Health {
 }
 
 /// The answer. Brokers don't count: requests are served without them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Readiness {
     /// Send requests.
     Ready,
@@ -33,6 +33,8 @@ pub enum Readiness {
     DatabaseReadOnly,
     /// The database has not been migrated yet.
     SchemaBehind,
+    /// These tasks of this process have failed and don't run yet.
+    TasksDown(Vec<String>),
 }
 
 impl Health {
@@ -40,6 +42,11 @@ impl Health {
     pub async fn check(&self, app: &App) -> Readiness {
         if app.shutdown.draining.is_cancelled() {
             return Readiness::Draining;
+        }
+        let down: Vec<String> =
+            app.supervisor.tasks().into_iter().filter(|(_, task)| !task.up).map(|(name, _)| name).collect();
+        if !down.is_empty() {
+            return Readiness::TasksDown(down);
         }
         let known = self.schema_is_current.load(Ordering::Relaxed);
         let asked = app.db.run(move |conn| {
@@ -74,12 +81,13 @@ impl Health {
 
 impl fmt::Display for Readiness {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Readiness::Ready => "ready",
-            Readiness::Draining => "shutting down",
-            Readiness::DatabaseAway => "the database does not answer",
-            Readiness::DatabaseReadOnly => "the database takes no writes",
-            Readiness::SchemaBehind => "the database's schema is behind: run `auth-service migrate`",
-        })
+        match self {
+            Readiness::Ready => f.write_str("ready"),
+            Readiness::Draining => f.write_str("shutting down"),
+            Readiness::DatabaseAway => f.write_str("the database does not answer"),
+            Readiness::DatabaseReadOnly => f.write_str("the database takes no writes"),
+            Readiness::SchemaBehind => f.write_str("the database's schema is behind: run `auth-service migrate`"),
+            Readiness::TasksDown(names) => write!(f, "failed and not running again yet: {}", names.join(", ")),
+        }
     }
 }

@@ -17,6 +17,7 @@ pub mod http;
 pub mod migrations;
 mod outbox_command;
 pub mod participants;
+pub mod server;
 pub mod sessions;
 pub mod shutdown;
 pub mod telemetry;

@@ -1,13 +1,14 @@
 //! Log lines and figures. Installed once a process, before anything else starts.
 
 use std::{
+    convert::Infallible,
     io::{self, IsTerminal},
-    thread,
     time::Duration,
 };
 
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use outbox_relay::logging::truncated;
 use tracing_subscriber::{
     EnvFilter, Layer,
     filter::ParseError,
@@ -21,8 +22,6 @@ use crate::config::LogFormat;
 /// From half a millisecond, a statement, to ten minutes, an event behind a broker that was away.
 const SECONDS: [f64; 17] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0, 600.0];
-/// How often recorded values are folded into their buckets, so that they don't pile up in a process
-/// that nobody scrapes.
 const UPKEEP: Duration = Duration::from_secs(5);
 
 /// Why there is no telemetry.
@@ -37,9 +36,6 @@ pub enum TelemetryError {
     /// Metrics are set up already.
     #[error("metrics were set up twice: {0}")]
     Metrics(#[from] BuildError),
-    /// No thread for the upkeep.
-    #[error("no thread for the upkeep of metrics: {0}")]
-    Upkeep(#[from] io::Error),
 }
 
 /// Log lines to standard error (standard output belongs to commands' answers), and metrics.
@@ -54,6 +50,7 @@ pub fn init(format: LogFormat, filter: &str) -> Result<PrometheusHandle, Telemet
     // Before the lines, not on them: a filter on a layer forgets, after somebody has merely asked whether a line
     // would be written (sqlx asks after every statement), to let the next line through.
     tracing_subscriber::registry().with(filter).with(lines).try_init()?;
+    log_panics();
     install_metrics()
 }
 
@@ -63,15 +60,26 @@ pub fn install_metrics() -> Result<PrometheusHandle, TelemetryError> {
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)?
         .install_recorder()?;
     describe();
-    let upkept = handle.clone();
-    // A thread, because tests come and go with runtimes of their own.
-    thread::Builder::new().name("metrics-upkeep".to_owned()).spawn(move || {
-        loop {
-            thread::sleep(UPKEEP);
-            upkept.run_upkeep();
-        }
-    })?;
     Ok(handle)
+}
+
+/// Folds recorded values into their buckets now and then, so that they don't pile up in a process that nobody
+/// scrapes.
+pub async fn keep_up_metrics(handle: PrometheusHandle) -> Result<(), Infallible> {
+    loop {
+        tokio::time::sleep(UPKEEP).await;
+        handle.run_upkeep();
+    }
+}
+
+/// A panic is a log line like any other: of one line, in the chosen format, and not longer than others.
+fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let said = truncated(panic.payload_as_str().unwrap_or("nothing that is text"));
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        let thread = std::thread::current();
+        tracing::error!(place, thread = thread.name(), "panicked: {said}");
+    }));
 }
 
 /// What the figures say. Counters that an alert hangs on are there from the start: a figure that
@@ -112,6 +120,8 @@ fn describe() {
         ("saga_transitions_total", "Saga transitions, by kind and the status reached"),
         ("saga_replies_total", "Messages of other services, by what became of them"),
         ("housekeeping_failures_total", "Housekeeping jobs that failed"),
+        ("auth_accept_errors_total", "Connections that could not be accepted, for want of descriptors mostly"),
+        ("auth_connections_closed_total", "Connections that ended, by listener and what ended them"),
     ] {
         describe_counter!(name, says);
     }
@@ -125,6 +135,7 @@ fn describe() {
         describe_histogram!(name, Unit::Seconds, says);
     }
     for (name, says) in [
+        ("auth_connections", "Open connections, by listener"),
         ("auth_hash_queue_depth", "Passwords waiting for a hashing thread"),
         ("outbox_lanes_owned", "Lanes this relay owns"),
         ("outbox_breaker_open", "1 while a relay worker waits for the broker to come back"),

@@ -27,12 +27,20 @@ use crate::{
 };
 
 /// How a message reaches Kafka; the parts an operator may set.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct KafkaSettings {
     /// `host:port`, comma-separated.
     pub brokers: String,
     /// Further librdkafka properties: client.id, TLS, SASL. What this crate's guarantees rest on can't be set.
     pub client: Vec<(String, String)>,
+}
+
+/// The names of the properties alone: a value may be a password.
+impl fmt::Debug for KafkaSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let client: Vec<_> = self.client.iter().map(|(name, _)| name).collect();
+        f.debug_struct("KafkaSettings").field("brokers", &self.brokers).field("client", &client).finish()
+    }
 }
 
 /// Properties the order and durability of messages rest on.

@@ -9,6 +9,7 @@
 use std::{
     collections::BTreeMap,
     fmt::Display,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -99,7 +100,10 @@ impl Supervisor {
         let mut failing = Failing::default();
         self.lock().insert(name.clone(), TaskStatus { up: true, restarts: 0, last_failure: None });
         while !stop.is_cancelled() {
-            let reason = self.run_once(&name, start(), &mut failing).await;
+            let reason = match catch_unwind(AssertUnwindSafe(&mut start)) {
+                Ok(task) => self.run_once(&name, task, &mut failing).await,
+                Err(_) => Err("it panicked before it began".to_owned()),
+            };
             if stop.is_cancelled() {
                 if let Err(reason) = reason {
                     tracing::warn!(task = name, reason, "failed while it was being stopped");

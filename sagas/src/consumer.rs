@@ -14,6 +14,7 @@ mod status;
 mod topics;
 
 use std::{
+    fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::{Duration, Instant},
@@ -38,7 +39,7 @@ use crate::{
 };
 
 /// How replies are read.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct ConsumerSettings {
     /// `host:port`, comma-separated.
     pub brokers: String,
@@ -46,6 +47,18 @@ pub struct ConsumerSettings {
     pub group_id: String,
     /// Further librdkafka properties: TLS, SASL.
     pub client: Vec<(String, String)>,
+}
+
+/// The names of the properties alone: a value may be a password.
+impl fmt::Debug for ConsumerSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let client: Vec<_> = self.client.iter().map(|(name, _)| name).collect();
+        f.debug_struct("ConsumerSettings")
+            .field("brokers", &self.brokers)
+            .field("group_id", &self.group_id)
+            .field("client", &client)
+            .finish()
+    }
 }
 
 const RETRY: Duration = Duration::from_millis(500);

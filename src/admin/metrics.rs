@@ -157,6 +157,12 @@ fn own(app: &App) -> String {
         let (open, idle) = app.db.connections();
         gauge!("auth_db_pool_connections", "state" => "idle").set(idle as f64);
         gauge!("auth_db_pool_connections", "state" => "used").set(f64::from(open) - idle as f64);
+        says!("auth_task_up", "1 while a task of this process runs, 0 while it waits to be started again");
+        metrics::describe_counter!("auth_task_restarts_total", "How often a task of this process was started again");
+        for (name, task) in app.supervisor.tasks() {
+            gauge!("auth_task_up", "task" => name.clone()).set(f64::from(u8::from(task.up)));
+            metrics::counter!("auth_task_restarts_total", "task" => name).absolute(task.restarts);
+        }
         gauge!("auth_db_pool_max_connections").set(f64::from(app.config.database.pool_size));
     });
     recorder.handle().render()

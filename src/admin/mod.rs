@@ -15,7 +15,7 @@ mod relay;
 mod replay;
 mod sagas;
 
-use std::{any::Any, io, time::Duration};
+use std::{any::Any, time::Duration};
 
 use axum::{
     Extension, Json, Router,
@@ -25,20 +25,16 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use outbox_relay::logging::truncated;
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
 use tower_http::{catch_panic::CatchPanicLayer, set_header::SetResponseHeaderLayer};
 
-use crate::{
-    app::App,
-    http::{context, serve_router},
-};
+use crate::{app::App, http::context};
 use error::AdminError;
 
 /// Requests under way when a stop begins have this long to finish.
-const FINISH_DEADLINE: Duration = Duration::from_secs(10);
+pub const FINISH_DEADLINE: Duration = Duration::from_secs(10);
 /// A reason and a filter.
 const BODY_LIMIT: usize = 16 * 1024;
 
@@ -71,11 +67,6 @@ pub fn router(app: App) -> Router {
         .layer(fixed(header::CACHE_CONTROL, "no-store"))
         .layer(fixed(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
         .with_state(app)
-}
-
-/// Serves until `stop`, then finishes what is under way.
-pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> io::Result<()> {
-    serve_router(listener, router(app), FINISH_DEADLINE, stop).await
 }
 
 /// A success, in the shape REST has.
@@ -118,6 +109,6 @@ fn caught(panic: Box<dyn Any + Send>) -> Response {
         .copied()
         .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("nothing");
-    tracing::error!(said, "an admin handler panicked");
+    tracing::error!(said = %truncated(said), "an admin handler panicked");
     AdminError::Internal.into_response()
 }

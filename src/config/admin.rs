@@ -1,7 +1,9 @@
 use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use secrecy::{ExposeSecret, SecretString};
 
+use super::listeners::{Bounds, ListenerConfig};
 use super::vars::Vars;
 
 /// The operators' listener.
@@ -9,6 +11,8 @@ use super::vars::Vars;
 pub struct AdminConfig {
     /// Where it listens.
     pub listen: SocketAddr,
+    /// Its bounds.
+    pub listener: ListenerConfig,
     /// Who may sign in.
     pub tokens: Vec<AdminToken>,
     /// Whether `/metrics` answers without a token.
@@ -56,9 +60,16 @@ impl Scope {
 impl AdminConfig {
     pub(super) fn read(vars: &mut Vars) -> Option<Self> {
         let listen = vars.listen(("ADMIN_HOST", Ipv4Addr::LOCALHOST), ("ADMIN_PORT", 4004));
+        let listener = ListenerConfig::read(
+            vars,
+            Bounds {
+                max_connections: ("ADMIN_MAX_CONNECTIONS", 64),
+                idle_timeout: ("ADMIN_IDLE_TIMEOUT", Duration::from_secs(75)),
+            },
+        );
         let tokens = tokens(vars);
         let open_metrics = !vars.flag("METRICS_TOKEN_REQUIRED", false);
-        Some(Self { listen: listen?, tokens, open_metrics })
+        Some(Self { listen: listen?, listener, tokens, open_metrics })
     }
 }
 

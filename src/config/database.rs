@@ -77,7 +77,7 @@ fn options(vars: &mut Vars) -> Option<PgConnectOptions> {
     };
     let database = required(vars, "DB_DATABASE", "auth");
     let username = required(vars, "DB_USERNAME", "auth");
-    let host = vars.text("DB_HOST", "localhost");
+    let host = host(vars);
     let port = vars.number("DB_PORT", 5432, 1..=u16::MAX);
     let password = vars.secret("DB_PASSWORD");
     let options = match url {
@@ -95,10 +95,29 @@ fn options(vars: &mut Vars) -> Option<PgConnectOptions> {
     options.filter(|_| vars.errors.len() == errors)
 }
 
+/// A name, an address or the folder of a socket. A whole URL here would have its password shown as a host.
+fn host(vars: &mut Vars) -> String {
+    vars.parse(
+        "DB_HOST",
+        "localhost".to_owned(),
+        String::clone,
+        |raw| {
+            let is_name = raw.chars().all(|c| c.is_alphanumeric() || ".-_:[]%".contains(c));
+            let is_folder = raw.starts_with('/') && !raw.contains('@');
+            (is_name || is_folder).then(|| raw.to_owned())
+        },
+        "Give a host name, an IP address or the folder of a socket; a URL belongs in DATABASE_URL",
+    )
+}
+
 fn parsed(vars: &mut Vars, url: &str) -> Option<PgConnectOptions> {
     let scheme = ["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme));
+    // A password with a slash in it ends the host early: its beginning would be shown as the port, and its end as the
+    // database.
+    let rest = url.split_once("://").map_or("", |(_, rest)| rest);
+    let cut = rest.find(['/', '?', '#']).is_some_and(|end| rest[end..].contains('@'));
     match PgConnectOptions::from_str(url) {
-        Ok(options) if scheme && options.get_database().is_some() => Some(options),
+        Ok(options) if scheme && !cut && options.get_database().is_some() => Some(options),
         // The parser's own words could repeat a part of the password.
         _ => {
             vars.reject(

@@ -1,15 +1,19 @@
 use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use secrecy::SecretString;
 
 use super::admin::{entries, named_hash};
-use super::vars::{Nature, Vars, quoted};
+use super::listeners::{Bounds, ListenerConfig};
+use super::vars::{Nature, Vars, length};
 
 /// The gRPC listener.
 #[derive(Debug, Clone)]
 pub struct GrpcConfig {
     /// Where it listens.
     pub listen: SocketAddr,
+    /// Its bounds.
+    pub listener: ListenerConfig,
     /// TLS, where it is configured.
     pub tls: Option<GrpcTls>,
     /// Who may call, where that is configured.
@@ -43,6 +47,13 @@ pub struct CallerToken {
 impl GrpcConfig {
     pub(super) fn read(vars: &mut Vars) -> Option<Self> {
         let insecure = vars.flag("GRPC_INSECURE", false);
+        let listener = ListenerConfig::read(
+            vars,
+            Bounds {
+                max_connections: ("GRPC_MAX_CONNECTIONS", 256),
+                idle_timeout: ("GRPC_IDLE_TIMEOUT", Duration::from_secs(600)),
+            },
+        );
         let tls = GrpcTls::read(vars);
         let caller_tokens = caller_tokens(vars);
         let legacy_token_rpc = vars.flag("LEGACY_TOKEN_RPC", true);
@@ -73,31 +84,27 @@ impl GrpcConfig {
         if insecure && tls.is_none() {
             vars.warn("GRPC_INSECURE=true: tokens cross the network between us and the gateway in plaintext.");
         }
-        Some(Self { listen, tls, caller_tokens, insecure, legacy_token_rpc })
+        Some(Self { listen, listener, tls, caller_tokens, insecure, legacy_token_rpc })
     }
 }
 
 impl GrpcTls {
     fn read(vars: &mut Vars) -> Option<Self> {
-        let mut file = |name: &'static str, nature, labels: &[&str]| {
-            let path = vars.optional(name)?;
-            let text = vars.read_file(name, &path, nature)?;
+        let mut pem = |name: &'static str, nature, labels: &[&str]| {
+            let text = vars.pem(name, nature)?;
             let found = pem::parse_many(&text).unwrap_or_default();
             if !found.iter().any(|block| labels.contains(&block.tag())) {
-                vars.reject(
-                    name,
-                    format!("names {path}, which has no PEM block {}", labels[0]),
-                    "Give the path of a PEM file",
-                );
+                vars.reject(name, format!("has no PEM block {}", labels[0]), "Give the PEM, or the path of a PEM file");
             }
             Some(text)
         };
-        let certificate = file("GRPC_TLS_CERT", Nature::Public, &["CERTIFICATE"]);
-        let key = file("GRPC_TLS_KEY", Nature::PrivateKey, &["PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY"]);
-        let client_ca = file("GRPC_TLS_CLIENT_CA", Nature::Public, &["CERTIFICATE"]);
+        let certificate = pem("GRPC_TLS_CERT", Nature::Public, &["CERTIFICATE"]);
+        let key = pem("GRPC_TLS_KEY", Nature::PrivateKey, &["PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY"]);
+        let client_ca = pem("GRPC_TLS_CLIENT_CA", Nature::Public, &["CERTIFICATE"]);
 
-        let (has_cert, has_key) = (vars.is_set("GRPC_TLS_CERT"), vars.is_set("GRPC_TLS_KEY"));
-        let any = has_cert || has_key || vars.is_set("GRPC_TLS_CLIENT_CA");
+        let is_set = |name| vars.is_set(name) || vars.is_set(&format!("{name}_FILE"));
+        let (has_cert, has_key) = (is_set("GRPC_TLS_CERT"), is_set("GRPC_TLS_KEY"));
+        let any = has_cert || has_key || is_set("GRPC_TLS_CLIENT_CA");
         for (name, set) in [("GRPC_TLS_CERT", has_cert), ("GRPC_TLS_KEY", has_key)] {
             if any && !set {
                 vars.reject(
@@ -114,11 +121,16 @@ impl GrpcTls {
 fn dialled(vars: &mut Vars) -> Option<(String, u16)> {
     let raw = vars.optional("AUTH_SERVICE_GRPC_URL")?;
     let address = raw.split_once("://").map_or(raw.as_str(), |(_, rest)| rest).trim_matches('/');
-    let parsed = address.rsplit_once(':').and_then(|(host, port)| Some((host.to_owned(), port.parse().ok()?)));
+    let address = address.rsplit_once('@').map_or(address, |(_, address)| address);
+    let is_host = |host: &str| !host.is_empty() && host.chars().all(|c| c.is_alphanumeric() || ".-_[]:".contains(c));
+    let parsed = address
+        .rsplit_once(':')
+        .filter(|(host, _)| is_host(host))
+        .and_then(|(host, port)| Some((host.to_owned(), port.parse().ok()?)));
     if parsed.is_none() {
         vars.reject(
             "AUTH_SERVICE_GRPC_URL",
-            format!("can't be {}", quoted(&raw)),
+            format!("is no host:port {}", length(&raw)),
             "Give host:port, for example AUTH_SERVICE_GRPC_URL=localhost:50051, or use GRPC_PORT instead",
         );
     }

@@ -1,9 +1,11 @@
 use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use axum::http::Uri;
 
 use super::Profile;
-use super::vars::{Vars, quoted};
+use super::listeners::{Bounds, ListenerConfig};
+use super::vars::Vars;
 
 /// The largest body a request may have; every body we know is far below it.
 const BODY_LIMIT: usize = 16 * 1024;
@@ -13,6 +15,8 @@ const BODY_LIMIT: usize = 16 * 1024;
 pub struct HttpConfig {
     /// Where it listens.
     pub listen: SocketAddr,
+    /// Its bounds.
+    pub listener: ListenerConfig,
     /// How cookies are set.
     pub cookies: CookiePolicy,
     /// Origins that are ours although they are foreign sites to a browser, as `scheme://host[:port]`.
@@ -35,10 +39,17 @@ pub struct CookiePolicy {
 impl HttpConfig {
     pub(super) fn read(vars: &mut Vars) -> Option<Self> {
         let listen = listen(vars);
+        let listener = ListenerConfig::read(
+            vars,
+            Bounds {
+                max_connections: ("HTTP_MAX_CONNECTIONS", 512),
+                idle_timeout: ("HTTP_IDLE_TIMEOUT", Duration::from_secs(75)),
+            },
+        );
         let cookies = CookiePolicy::read(vars);
         let cors_origins = origins(vars);
         let rest_refresh = vars.flag("REST_REFRESH_ENABLED", false);
-        Some(Self { listen: listen?, cookies, cors_origins, body_limit: BODY_LIMIT, rest_refresh })
+        Some(Self { listen: listen?, listener, cookies, cors_origins, body_limit: BODY_LIMIT, rest_refresh })
     }
 }
 
@@ -67,12 +78,12 @@ pub(super) fn listen(vars: &mut Vars) -> Option<SocketAddr> {
 fn origins(vars: &mut Vars) -> Vec<String> {
     let raw = vars.optional("CORS_ORIGINS").unwrap_or_default();
     let mut origins = Vec::new();
-    for entry in raw.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
+    for (i, entry) in raw.split(',').map(str::trim).filter(|entry| !entry.is_empty()).enumerate() {
         match origin(entry) {
             Some(origin) => origins.push(origin),
             None => vars.reject(
                 "CORS_ORIGINS",
-                format!("names {}, which is no origin", quoted(entry)),
+                format!("has an entry that is no origin, number {}", i + 1),
                 "Give scheme://host[:port], comma-separated, without path or *, \
                  for example CORS_ORIGINS=https://app.example.com",
             ),

@@ -1,8 +1,9 @@
 use std::fmt;
+use std::net::Ipv6Addr;
 
 use secrecy::ExposeSecret;
 
-use super::vars::{Nature, Vars, quoted};
+use super::vars::{Nature, Vars};
 
 /// The Kafka cluster, and how to speak to it.
 #[derive(Clone)]
@@ -59,16 +60,39 @@ fn brokers(vars: &mut Vars) -> String {
         vars.reject("KAFKA_BROKERS", "is not set", way_out);
         return String::new();
     };
-    let mut brokers = Vec::new();
-    for broker in raw.split(',').map(str::trim).filter(|broker| !broker.is_empty()) {
-        let (host, port) = broker.rsplit_once(':').unwrap_or((broker, "9092"));
-        let host_is_plain = host.chars().all(|c| is_name(c) || matches!(c, '[' | ']' | ':'));
-        match port.parse::<u16>() {
-            Ok(port) if port > 0 && !host.is_empty() && host_is_plain => brokers.push(format!("{host}:{port}")),
-            _ => vars.reject("KAFKA_BROKERS", format!("names {}, which is no host:port", quoted(broker)), way_out),
+    let mut brokers: Vec<String> = Vec::new();
+    let entries: Vec<&str> = raw.split(',').map(str::trim).filter(|broker| !broker.is_empty()).collect();
+    if entries.is_empty() {
+        vars.reject("KAFKA_BROKERS", "names no broker", way_out);
+    }
+    for (i, entry) in entries.into_iter().enumerate() {
+        match broker(entry) {
+            Some(broker) if !brokers.contains(&broker) => brokers.push(broker),
+            Some(_) => vars.warn(format!("KAFKA_BROKERS names a broker twice, as number {}, too.", i + 1)),
+            None => {
+                vars.reject("KAFKA_BROKERS", format!("has an entry that is no host:port, number {}", i + 1), way_out);
+            }
         }
     }
     brokers.join(",")
+}
+
+/// `host`, `host:port`, `[v6]` or `[v6]:port`; a listener's name before it, as in the broker's own configuration,
+/// is not wanted.
+fn broker(entry: &str) -> Option<String> {
+    let (host, port) = match entry.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((v6, rest)) => {
+            v6.parse::<Ipv6Addr>().ok()?;
+            (format!("[{v6}]"), if rest.is_empty() { "9092" } else { rest.strip_prefix(':')? })
+        }
+        None => {
+            let (host, port) = entry.split_once(':').unwrap_or((entry, "9092"));
+            (host.to_owned(), port)
+        }
+    };
+    let is_host = host.starts_with('[') || (!host.is_empty() && host.chars().all(is_name));
+    let port = port.parse::<u16>().ok().filter(|port| *port > 0)?;
+    is_host.then(|| format!("{host}:{port}"))
 }
 
 fn security(vars: &mut Vars) -> Vec<(String, String)> {

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use axum::http::Uri;
 
-use super::vars::{Vars, quoted};
+use super::vars::{Vars, length};
 
 /// The sagas and the service that takes part in them.
 #[derive(Debug, Clone)]
@@ -51,19 +51,27 @@ impl SagaConfig {
 
 /// The original gives `host:port`; a scheme is ours to add.
 fn user_service_url(vars: &mut Vars) -> Option<String> {
-    let raw = vars.optional("USER_SERVICE_GRPC_URL")?;
-    let url = if raw.contains("://") { raw.clone() } else { format!("http://{raw}") };
-    let good = url.parse::<Uri>().is_ok_and(|uri| {
-        matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some_and(|host| !host.is_empty())
-    });
-    if !good {
+    let raw = vars.secret_in("USER_SERVICE_GRPC_URL", |raw| address(raw).unwrap_or_else(|| "(hidden)".to_owned()))?;
+    let url = address(&raw);
+    if url.is_none() {
         vars.reject(
             "USER_SERVICE_GRPC_URL",
-            format!("can't be {}", quoted(&raw)),
+            format!("is no address {}", length(&raw)),
             "Give host:port or a URL, for example USER_SERVICE_GRPC_URL=http://user-service:50052, \
              or leave it out and choose a SAGA_SILENCE_POLICY",
         );
-        return None;
     }
-    Some(url)
+    url
+}
+
+/// The address alone: no user, no password, no path or query, which nothing here would use.
+fn address(raw: &str) -> Option<String> {
+    let url = if raw.contains("://") { raw.to_owned() } else { format!("http://{raw}") };
+    let uri: Uri = url.parse().ok()?;
+    let scheme = uri.scheme_str().filter(|scheme| matches!(*scheme, "http" | "https"))?;
+    let authority = uri.authority().filter(|authority| !authority.host().is_empty())?.as_str();
+    let authority = authority.rsplit_once('@').map_or(authority, |(_, authority)| authority);
+    // A password with a slash in it would end the address early, and be shown as its host.
+    let whole = !raw[raw.find(authority)? + authority.len()..].contains('@');
+    whole.then(|| format!("{scheme}://{authority}"))
 }

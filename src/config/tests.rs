@@ -98,7 +98,8 @@ fn every_error_is_reported_at_once_with_its_way_out() {
     }
     assert_eq!(errors.to_string().lines().count(), errors.0.len());
     assert!(errors.to_string().contains(
-        "PORT can't be \"http\". Give a port from 1 to 65535, for example PORT=4003, or 0 for any free one."
+        "PORT has a value that can't be used (4 characters). Give a port from 1 to 65535, for example PORT=4003, or 0 \
+         for any free one."
     ));
     assert!(errors.0.iter().all(|error| !error.way_out.is_empty()));
 }
@@ -238,6 +239,48 @@ fn a_secret_in_a_file_for_everyone_is_warned_of() {
     let path = path.to_str().expect("UTF-8");
     let warnings = config(&[("DB_PASSWORD", ""), ("DB_PASSWORD_FILE", path)]).warnings;
     assert_eq!(warnings, [format!("DB_PASSWORD_FILE names {path}, which every user of this machine may read.")]);
+}
+
+#[test]
+fn brokers_are_host_and_port() {
+    let brokers = |value| config(&[("KAFKA_BROKERS", value)]).kafka.brokers;
+    assert_eq!(brokers("a, b:1,[::1]:9092,[::2] ,"), "a:9092,b:1,[::1]:9092,[::2]:9092");
+    assert_eq!(brokers("a,a:9092"), "a:9092");
+    for bad in [",", " , ", ":9092", "a:99999", "a:0", "a:b", "::1", "[::1", "[::1]9092", "[x]:1", "PLAINTEXT://a:9092"]
+    {
+        let (named, text) = errors(&[("KAFKA_BROKERS", bad)]);
+        assert!(named.iter().all(|name| name == "KAFKA_BROKERS"), "{text}");
+    }
+}
+
+#[test]
+fn what_logging_can_not_use_is_named_before_anything_starts() {
+    assert_eq!(errors(&[("RUST_LOG", "auth_service=loud")]).0, ["RUST_LOG"]);
+    assert_eq!(errors(&[("LOG_FORMAT", "pretty")]).0, ["LOG_FORMAT"]);
+}
+
+#[test]
+fn a_database_url_whose_password_is_not_encoded_is_refused_and_no_part_of_it_is_shown() {
+    for password in ["12/canary", "can/ary", "canary?x", "canary#x", "can@ary/x"] {
+        let url = format!("postgres://auth:{password}@db:5432/auth");
+        let (named, text) = errors(&[("DATABASE_URL", &url)]);
+        assert_eq!(named, ["DATABASE_URL"], "{password}: {text}");
+        assert!(!text.contains("ary"), "{text}");
+    }
+    assert_eq!(errors(&[("DB_HOST", "postgres://auth:canary@db/auth")]).0, ["DB_HOST"]);
+}
+
+#[test]
+fn an_address_is_used_and_shown_without_its_credentials() {
+    let config = config(&[
+        ("USER_SERVICE_GRPC_URL", "http://user:canary@users:50052/x?token=canary"),
+        ("AUTH_SERVICE_GRPC_URL", "http://user:canary@auth:50055"),
+    ]);
+    assert_eq!(config.sagas.user_service_url.as_deref(), Some("http://users:50052"));
+    assert_eq!(config.grpc.listen.port(), 50055);
+    let shown = format!("{} {config:?} {:?}", config.summary(), config.warnings);
+    assert!(!shown.contains("canary@") && !shown.contains("token=canary"), "{shown}");
+    assert_eq!(errors(&[("USER_SERVICE_GRPC_URL", "http://user:can/ary@users:50052")]).0, ["USER_SERVICE_GRPC_URL"]);
 }
 
 #[test]

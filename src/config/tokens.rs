@@ -1,10 +1,8 @@
 use std::time::Duration;
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
 use secrecy::{ExposeSecret, SecretString};
 
-use super::vars::Vars;
+use super::vars::{Vars, pem_text};
 use crate::crypto::{KeyError, KeyRing, PrivateKeys, PublicKeys, TokenSettings, TokenSigner};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -74,16 +72,4 @@ fn accepted<T>(vars: &mut Vars, variable: &str, result: Result<T, KeyError>) -> 
             None
         }
     }
-}
-
-/// PEM, however it survived the environment: as it is, with `\n` for its line breaks, in quotes,
-/// or as base64 of the whole.
-fn pem_text(raw: &str) -> String {
-    let raw = raw.trim().trim_matches(['"', '\'']);
-    if raw.contains("-----BEGIN") {
-        return raw.replace("\\r", "").replace("\\n", "\n");
-    }
-    let compact: String = raw.split_whitespace().collect();
-    let decoded = STANDARD.decode(compact).ok().and_then(|bytes| String::from_utf8(bytes).ok());
-    decoded.unwrap_or_else(|| raw.to_owned())
 }

@@ -9,6 +9,8 @@ use std::os::unix::fs::MetadataExt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use secrecy::SecretString;
 
 use super::{ConfigError, Profile};
@@ -70,19 +72,25 @@ impl Vars {
                 value
             }
             None => {
-                self.reject(name, format!("can't be {}", quoted(&raw)), way_out);
+                self.reject(name, format!("has a value that can't be used {}", length(&raw)), way_out);
                 default
             }
         }
     }
 
     pub(super) fn optional(&mut self, name: &'static str) -> Option<String> {
-        let show = |value: &Option<String>| value.clone().unwrap_or_default();
+        let show = |value: &Option<String>| value.as_deref().map(without_credentials).unwrap_or_default();
+        self.parse(name, None, show, |raw| Some(Some(raw.to_owned())), "")
+    }
+
+    /// As [`Vars::optional`], for a value that may hold credentials: the summary has what `show` leaves of it.
+    pub(super) fn secret_in(&mut self, name: &'static str, show: impl Fn(&str) -> String) -> Option<String> {
+        let show = |value: &Option<String>| value.as_deref().map(&show).unwrap_or_default();
         self.parse(name, None, show, |raw| Some(Some(raw.to_owned())), "")
     }
 
     pub(super) fn text(&mut self, name: &'static str, default: &str) -> String {
-        self.parse(name, default.to_owned(), String::clone, |raw| Some(raw.to_owned()), "")
+        self.parse(name, default.to_owned(), |text| without_credentials(text), |raw| Some(raw.to_owned()), "")
     }
 
     pub(super) fn number<T>(&mut self, name: &'static str, default: T, range: RangeInclusive<T>) -> T
@@ -188,6 +196,19 @@ impl Vars {
         self.env_or_file(name, Nature::Public)
     }
 
+    /// PEM in whatever form it survived the environment, or the path of a file of it, here or in `<name>_FILE`.
+    pub(super) fn pem(&mut self, name: &'static str, nature: Nature) -> Option<String> {
+        let given = self.values.get(name).map(|raw| (raw.trim().to_owned(), pem_text(raw)));
+        match given {
+            Some((path, text)) if !text.contains("-----BEGIN") && !self.is_set(&format!("{name}_FILE")) => {
+                let text = self.read_file(name, &path, nature)?;
+                self.note(name, nature.shown(&path), false);
+                Some(text)
+            }
+            _ => self.env_or_file(name, nature).map(|text| pem_text(&text)),
+        }
+    }
+
     fn env_or_file(&mut self, name: &'static str, nature: Nature) -> Option<String> {
         let file_name = format!("{name}_FILE");
         let path = self.values.get(&file_name).map(|path| path.trim().to_owned());
@@ -218,7 +239,9 @@ impl Vars {
         let content = match std::fs::read_to_string(path) {
             Ok(content) => content,
             Err(error) => {
-                self.reject(variable, format!("names {path}, which can't be read: {error}"), way_out);
+                // The value may be the secret itself, where its path was wanted.
+                let problem = format!("names no readable file {}: {}", length(path), error.kind());
+                self.reject(variable, problem, way_out);
                 return None;
             }
         };
@@ -270,18 +293,34 @@ impl Nature {
     }
 }
 
-/// A value as it is shown in an error: escaped and not too long. What stands before an `@` may be a
-/// password.
-pub(super) fn quoted(raw: &str) -> String {
-    if let Some((_, shown)) = raw.rsplit_once('@') {
-        return format!("{:?}", format!("(hidden)@{}", shown.chars().take(60).collect::<String>()));
+/// All that an error says of a value: somebody may have put a secret where it does not belong.
+pub(super) fn length(raw: &str) -> String {
+    match raw.chars().count() {
+        1 => "(1 character)".to_owned(),
+        count => format!("({count} characters)"),
     }
-    if raw.matches(':').count() > 1 && !raw.contains("://") {
+}
+
+/// An accepted value as the summary shows it: what stands before an `@` may be a password, and what has lines is
+/// no name.
+pub(super) fn without_credentials(text: &str) -> String {
+    if text.chars().any(char::is_control) || text.contains("-----BEGIN") {
         return "(hidden)".to_owned();
     }
-    let mut short: String = raw.chars().take(60).collect();
-    if short.len() < raw.len() {
-        short.push('…');
+    match text.rsplit_once('@') {
+        Some((_, rest)) => format!("(hidden)@{rest}"),
+        None => text.to_owned(),
     }
-    format!("{short:?}")
+}
+
+/// PEM, however it survived the environment: as it is, with `\n` for its line breaks, in quotes, or as base64 of
+/// the whole.
+pub(super) fn pem_text(raw: &str) -> String {
+    let raw = raw.trim().trim_matches(['"', '\'', '`']);
+    if raw.contains("-----BEGIN") {
+        return raw.replace("\\r", "").replace("\\n", "\n");
+    }
+    let compact: String = raw.split_whitespace().collect();
+    let decoded = STANDARD.decode(compact).ok().and_then(|bytes| String::from_utf8(bytes).ok());
+    decoded.unwrap_or_else(|| raw.to_owned())
 }

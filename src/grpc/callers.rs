@@ -9,6 +9,7 @@ use tonic::{Request, Status, metadata::MetadataMap, service::Interceptor};
 
 use super::status::Refusal;
 use crate::config::{CallerToken, GrpcConfig};
+use crate::server::tls::ClientCertificate;
 
 const NOT_CONFIGURED: &str = "this service is for callers with credentials, and none are configured: set \
      GRPC_CALLER_TOKENS to name:sha256 of a token, or GRPC_TLS_CLIENT_CA";
@@ -71,7 +72,7 @@ impl Callers {
 
 impl Interceptor for Callers {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        let has_certificate = request.peer_certs().is_some_and(|certificates| !certificates.is_empty());
+        let has_certificate = request.extensions().get::<ClientCertificate>().is_some();
         let caller = self.identify(request.metadata(), has_certificate)?;
         request.extensions_mut().insert(caller);
         Ok(request)

@@ -16,89 +16,63 @@ mod status;
 mod surround;
 mod token;
 
-use std::{any::Any, io, time::Duration};
+use std::{any::Any, io, sync::Arc, time::Duration};
 
 use auth_proto::{
     auth::v1::{account_service_server::AccountServiceServer, token_service_server::TokenServiceServer},
     legacy::token::token_server::TokenServer,
 };
 use axum::middleware::from_fn;
-use secrecy::ExposeSecret;
-use tokio::net::{TcpListener, TcpStream};
-use tokio_stream::{Stream, StreamExt};
+use outbox_relay::logging::truncated;
 use tokio_util::sync::CancellationToken;
-use tonic::{
-    body::Body,
-    service::Routes,
-    transport::{Certificate, Identity, Server, ServerTlsConfig, server::TcpIncoming},
-};
+use tonic::{body::Body, service::Routes};
 use tower_http::catch_panic::CatchPanicLayer;
 
-use crate::{app::App, config::GrpcTls};
+use crate::{
+    app::App,
+    config::GrpcTls,
+    server::{Listener, Protocol, tls},
+};
 use callers::Callers;
 use readiness::Readiness;
 
 /// A token is at most 4 KiB; no request is larger than a few of them.
 const LARGEST_REQUEST: usize = 64 * 1024;
-/// Requests under way on one connection; a gateway has one or two connections.
-const STREAMS_PER_CONNECTION: u32 = 256;
-/// A connection whose other end is gone without a word is noticed after this and the next.
-const KEEPALIVE_EVERY: Duration = Duration::from_secs(30);
-const KEEPALIVE_PATIENCE: Duration = Duration::from_secs(10);
-const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// Requests under way when a stop begins have this long to finish.
 const FINISH_DEADLINE: Duration = Duration::from_secs(20);
 const HEALTH: &str = "grpc.health.v1.Health";
-/// After an accept that failed, for want of file descriptors mostly.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why gRPC is not served.
 #[derive(Debug, thiserror::Error)]
 pub enum GrpcError {
     /// Certificate and key don't go together, say.
-    #[error("GRPC_TLS_CERT, GRPC_TLS_KEY or GRPC_TLS_CLIENT_CA can't be used: {}", chain(.0))]
-    Tls(#[source] tonic::transport::Error),
+    #[error("GRPC_TLS_CERT, GRPC_TLS_KEY or GRPC_TLS_CLIENT_CA can't be used: {0}")]
+    Tls(String),
     /// The contracts in this binary can't be read.
     #[error("reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
     /// Serving failed.
-    #[error("gRPC: {}", chain(.0))]
-    Transport(#[source] tonic::transport::Error),
+    #[error("gRPC: {0}")]
+    Serving(#[source] io::Error),
+}
+
+/// What the port speaks, with certificates that are read and tested.
+pub fn protocol(tls: Option<&GrpcTls>) -> Result<Protocol, GrpcError> {
+    Ok(Protocol::Grpc(tls.map(tls::acceptor).transpose().map_err(GrpcError::Tls)?))
 }
 
 /// Serves until `stop`, then finishes what is under way. The health service says NOT_SERVING until
 /// this instance is ready, whenever it is not, and from the beginning of the drain.
-pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> Result<(), GrpcError> {
-    let mut server = Server::builder()
-        .max_concurrent_streams(STREAMS_PER_CONNECTION)
-        .http2_keepalive_interval(Some(KEEPALIVE_EVERY))
-        .http2_keepalive_timeout(Some(KEEPALIVE_PATIENCE));
-    if let Some(tls) = &app.config.grpc.tls {
-        server = server.tls_config(tls_config(tls)).map_err(GrpcError::Tls)?;
-    }
+pub async fn serve(listener: Arc<Listener>, app: App, stop: CancellationToken) -> Result<(), GrpcError> {
     let (reporter, health) = tonic_health::server::health_reporter();
     let readiness = Readiness::new(reporter, served_names(&app)).await;
     let routes = routes(&app)?.add_service(health);
-    let service = routes.into_axum_router().layer(from_fn(surround::surround));
-
-    let accepted = accepted(TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE_EVERY)));
-    let serving = server.layer(CatchPanicLayer::custom(caught)).serve_with_incoming_shutdown(
-        service,
-        accepted,
-        stop.clone().cancelled_owned(),
-    );
-    let finishing = async {
-        // Ends with the streams of those who watch: they would hold the stop up for ever.
-        readiness.follow(&app, &stop).await;
-        tokio::time::sleep(FINISH_DEADLINE).await;
-    };
-    tokio::select! {
-        served = serving => served.map_err(GrpcError::Transport),
-        () = finishing => {
-            tracing::warn!("gRPC requests were still under way at the end of the stop");
-            Ok(())
-        }
-    }
+    let router =
+        routes.prepare().into_axum_router().layer(from_fn(surround::surround)).layer(CatchPanicLayer::custom(caught));
+    // Following ends with the streams of those who watch: they would hold the stop up for ever.
+    let (served, ()) =
+        tokio::join!(listener.serve(router, FINISH_DEADLINE, stop.clone()), readiness.follow(&app, &stop));
+    served.map_err(GrpcError::Serving)
 }
 
 fn routes(app: &App) -> Result<Routes, GrpcError> {
@@ -136,48 +110,12 @@ fn reflection(app: &App) -> tonic_reflection::server::Builder<'static> {
     services.fold(builder, tonic_reflection::server::Builder::with_service_name)
 }
 
-fn tls_config(tls: &GrpcTls) -> ServerTlsConfig {
-    let config = ServerTlsConfig::new()
-        .identity(Identity::from_pem(&tls.certificate, tls.key.expose_secret()))
-        .timeout(HANDSHAKE_DEADLINE);
-    match &tls.client_ca {
-        Some(ca) => config.client_ca_root(Certificate::from_pem(ca)),
-        None => config,
-    }
-}
-
-/// Connections, whatever happens: tonic would take a failed accept for the end.
-fn accepted(incoming: TcpIncoming) -> impl Stream<Item = io::Result<TcpStream>> {
-    incoming
-        .then(async |accepted| match accepted {
-            Ok(stream) => Some(Ok(stream)),
-            Err(error) => {
-                tracing::warn!(%error, "a gRPC connection could not be accepted");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                None
-            }
-        })
-        .filter_map(|accepted| accepted)
-}
-
 fn caught(panic: Box<dyn Any + Send>) -> axum::http::Response<Body> {
     let said = panic
         .downcast_ref::<&str>()
         .copied()
         .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("nothing");
-    tracing::error!(said, "a gRPC handler panicked");
+    tracing::error!(said = %truncated(said), "a gRPC handler panicked");
     status::internal().into_http()
-}
-
-/// tonic's errors say what happened in their sources only.
-fn chain(error: &tonic::transport::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

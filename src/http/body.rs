@@ -3,8 +3,6 @@
 //! A body that is too large is read to its end all the same (within bounds) before it is refused:
 //! a client that is still sending when the connection closes sees a reset instead of the answer.
 
-use std::time::Duration;
-
 use axum::{
     body::{Body, Bytes},
     extract::{Request, State},
@@ -17,8 +15,6 @@ use http_body_util::BodyExt;
 use super::error::ApiError;
 use crate::{app::App, domain::FieldError};
 
-/// Time for the whole body.
-const DEADLINE: Duration = Duration::from_secs(15);
 /// Most that is read of a body that will be refused.
 const DRAIN_AT_MOST: usize = 64 * 1024 * 1024;
 
@@ -30,7 +26,7 @@ pub async fn bound(State(app): State<App>, request: Request, next: Next) -> Resp
     if expects_continue(&parts.headers) && announced(&parts.headers).is_some_and(|length| length > limit as u64) {
         return closing(ApiError::PayloadTooLarge { limit });
     }
-    match tokio::time::timeout(DEADLINE, read(body, limit)).await {
+    match tokio::time::timeout(app.config.timeouts.body, read(body, limit)).await {
         Ok(Ok(bytes)) => next.run(Request::from_parts(parts, Body::from(bytes))).await,
         Ok(Err(error)) => closing(error),
         Err(_) => closing(ApiError::RequestTimeout),

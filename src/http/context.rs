@@ -8,6 +8,7 @@ use axum::{
     middleware::Next,
     response::Response,
 };
+use outbox_relay::logging::truncated;
 use tracing::Instrument;
 use uuid::Uuid;
 
@@ -38,7 +39,7 @@ pub async fn context(mut request: Request, next: Next) -> Response {
     let ids =
         Ids { correlation_given: given.is_some(), correlation_id: given.unwrap_or_else(|| Uuid::now_v7().to_string()) };
     let span = tracing::info_span!(
-        "request", method = %request.method(), path = request.uri().path(),
+        "request", method = %request.method(), path = %truncated(request.uri().path()),
         request.id = request_id, correlation.id = ids.correlation_id
     );
     let wants_problem = problem::wanted(request.headers());

@@ -24,6 +24,8 @@ const DATABASE_RETRY: Duration = Duration::from_secs(2);
 pub enum ApiError {
     /// Fields, or the body as a whole, are not as they should be.
     Validation(Vec<FieldError>),
+    /// The request's head can't be read, for the reason this status names.
+    Unreadable(StatusCode),
     /// Somebody has the address.
     EmailTaken,
     /// Somebody has the name.
@@ -107,6 +109,13 @@ impl ApiError {
         use StatusCode as S;
         match self {
             ApiError::Validation(_) => (S::BAD_REQUEST, "VALIDATION_ERROR", "The request is not valid"),
+            ApiError::Unreadable(S::REQUEST_HEADER_FIELDS_TOO_LARGE) => (
+                S::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                "HEADERS_TOO_LARGE",
+                "The request has too many or too large headers",
+            ),
+            ApiError::Unreadable(S::URI_TOO_LONG) => (S::URI_TOO_LONG, "URI_TOO_LONG", "The URI is too long"),
+            ApiError::Unreadable(_) => (S::BAD_REQUEST, "BAD_REQUEST", "The request can't be read"),
             ApiError::UserCreate => {
                 (S::BAD_REQUEST, "USER_CREATE_ERROR", "The user could not be created; nothing was written")
             }

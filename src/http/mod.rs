@@ -14,19 +14,18 @@ mod jwks;
 mod origin;
 mod problem;
 
-use std::{any::Any, io, time::Duration};
+use std::{any::Any, time::Duration};
 
 use axum::{
     Router,
     extract::Request,
-    http::{HeaderName, HeaderValue, Method, header},
+    http::{HeaderName, HeaderValue, Method, StatusCode, header},
     middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse, Response},
     routing::get,
 };
-use axum_server::Handle;
-use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
+use outbox_relay::logging::truncated;
+use serde_json::Value;
 use tower_http::{
     catch_panic::CatchPanicLayer,
     cors::{AllowOrigin, CorsLayer},
@@ -36,17 +35,12 @@ use tower_http::{
 use crate::app::App;
 use error::ApiError;
 
-/// A new connection on which no complete request head comes is closed after this.
-const HEAD_DEADLINE: Duration = Duration::from_secs(10);
-/// One that was used before may stay idle for so long. Longer than gateways keep theirs: whoever
-/// closes first loses a request that is just being sent.
-const IDLE_DEADLINE: Duration = Duration::from_secs(75);
 /// What a request may take beside waiting for hashes and connections. Everything in it has a bound
 /// of its own, and this is above their sum: it must never cut a COMMIT short whose outcome could
 /// still be told.
 const WORK_DEADLINE: Duration = Duration::from_secs(45);
 /// Requests under way when a stop begins have this long to finish.
-const FINISH_DEADLINE: Duration = Duration::from_secs(20);
+pub const FINISH_DEADLINE: Duration = Duration::from_secs(20);
 
 /// All routes, each under `/auth/…` and, for gateways that strip that, under its bare path.
 pub fn router(app: App) -> Router {
@@ -72,35 +66,9 @@ pub fn router(app: App) -> Router {
     router.layer(from_fn(context::context)).with_state(app)
 }
 
-/// Serves until `stop`, then finishes what is under way.
-pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> io::Result<()> {
-    serve_router(listener, router(app), FINISH_DEADLINE, stop).await
-}
-
-/// The accept loop of REST and of the operators' port. Requests under way when `stop` comes have
-/// `finish` to end.
-pub(crate) async fn serve_router(
-    listener: TcpListener,
-    router: Router,
-    finish: Duration,
-    stop: CancellationToken,
-) -> io::Result<()> {
-    let handle = Handle::new();
-    let mut server = axum_server::from_tcp(listener.into_std()?)?
-        .handle(handle.clone())
-        .first_request_timeout(HEAD_DEADLINE)
-        .accept_error_handler(|_, error| tracing::warn!(%error, "a connection could not be accepted"));
-    server.http_builder().http1().header_read_timeout(IDLE_DEADLINE);
-    let stopping = async {
-        stop.cancelled().await;
-        handle.graceful_shutdown(Some(finish));
-        // The server's own future ends when all is finished.
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        served = server.serve(router.into_make_service()) => served,
-        () = stopping => Ok(()),
-    }
+/// What hyper can't read never comes to a route; this is the body of its answer.
+pub fn unreadable(status: StatusCode) -> Value {
+    ApiError::Unreadable(status).body()
 }
 
 /// Answers what takes too long. Only the waiting ends: a transaction that has begun ends by itself.
@@ -117,7 +85,7 @@ fn caught(panic: Box<dyn Any + Send>) -> Response {
         .copied()
         .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("nothing");
-    tracing::error!(said, "a request handler panicked");
+    tracing::error!(said = %truncated(said), "a request handler panicked");
     ApiError::Internal.into_response()
 }
 

@@ -107,8 +107,9 @@ impl Keeper {
 async fn keep(orders: Orders, state: Arc<State>, publish: watch::Sender<Option<String>>, stop: CancellationToken) {
     let arguments = if orders.roles.is_empty() { vec!["serve"] } else { vec!["serve", "--role", orders.roles] };
     for life in 0.. {
-        let mut vars = orders.vars.clone();
+        let (mut vars, mut arguments) = (orders.vars.clone(), arguments.clone());
         if life < orders.armed_lives {
+            arguments.push("--arm-fault-points");
             vars.push(("FAILPOINTS".to_owned(), orders.fail.clone()));
         }
         let replica = Replica::start(&arguments, &vars);
