@@ -290,6 +290,17 @@ impl Fleet {
         tokio::join!(events, users);
     }
 
+    /// One event of each of many keys, all of them in one transaction.
+    pub async fn commit_together(&self, keys: usize, bytes: usize) {
+        let messages: Vec<_> = (0..keys).map(|key| self.event(&format!("key{key}"), bytes)).collect();
+        let mut tx = self.db.begin().await.expect("a transaction");
+        for message in &messages {
+            append(&mut tx, message).await.expect("appended");
+        }
+        tx.commit().await.expect("committed");
+        messages.iter().for_each(|message| self.was_told(&message.key, message.id));
+    }
+
     /// One event in each further topic, of a key of its own.
     pub async fn commit_to_more_topics(&self) {
         join_all(self.more_topics().into_iter().enumerate().map(|(n, topic)| async move {

@@ -11,6 +11,7 @@ use rdkafka::{
     ClientConfig,
     admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication},
     client::DefaultClientContext,
+    consumer::{BaseConsumer, Consumer},
 };
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
@@ -120,6 +121,24 @@ pub async fn create_topics(brokers: &str, names: &[String], settings: &[(&str, &
     for created in client.create_topics(&topics, &options).await.expect("topics") {
         created.expect("a topic");
     }
+}
+
+/// Where each partition of this topic ends for consumers that read what is committed, if there is more behind it.
+pub async fn open_transactions(brokers: &str, topic: &str) -> [Option<i64>; 4] {
+    let (brokers, topic) = (brokers.to_owned(), topic.to_owned());
+    let ends = move |isolation: &str| {
+        let client: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &brokers)
+            .set("isolation.level", isolation)
+            .create()
+            .expect("a consumer");
+        let end = |partition| client.fetch_watermarks(&topic, partition, Duration::from_secs(20)).expect("its end").1;
+        [0, 1, 2, 3].map(end)
+    };
+    // In this order: what is committed meanwhile is no difference.
+    let look = move || (ends("read_uncommitted"), ends("read_committed"));
+    let (all, committed) = tokio::task::spawn_blocking(look).await.expect("it looks");
+    std::array::from_fn(|n| (committed[n] < all[n]).then_some(committed[n]))
 }
 
 /// Changes a setting of a topic.

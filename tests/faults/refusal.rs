@@ -2,7 +2,7 @@
 //! is refused, and the second, which was on its way already, is taken.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     io,
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
@@ -26,8 +26,11 @@ use crate::protocol::{read_frame, write_frame};
 
 /// NOT_LEADER_OR_FOLLOWER.
 const NOT_LEADER: i16 = 6;
-/// How long the second request is waited for, before the first is passed on as if nothing were.
-const HELD: Duration = Duration::from_millis(700);
+/// How long the second request is waited for, before the first is passed on as if nothing were. Less than a client tries.
+const HELD: Duration = Duration::from_secs(5);
+
+/// At once, on one connection: a client has five requests under way there, and the second must be among them.
+const MOST_HELD: usize = 2;
 
 /// A partition of a topic.
 type Place = (TopicName, i32);
@@ -50,34 +53,39 @@ pub async fn pass_requests(
         }
     });
     let _reading = AbortOnDropHandle::new(reading);
-    let mut calm: BTreeMap<Place, Instant> = BTreeMap::new();
-    while let Some(request) = requests.recv().await {
-        let places = places_of(&request);
-        let now = Instant::now();
-        let quiet = |place: &Place| calm.get(place).is_none_or(|&last| now >= last + rest);
-        let first = !places.is_empty() && places.iter().all(quiet);
-        calm.extend(places.iter().map(|place| (place.clone(), now)));
-        if !first {
-            write_frame(&mut server, &request).await?;
+    let mut last: BTreeMap<Place, Instant> = BTreeMap::new();
+    let mut held: VecDeque<Held> = VecDeque::new();
+    loop {
+        let until = held.front().map_or_else(|| Instant::now() + HELD, |held| held.until);
+        let request = match timeout_at(until, requests.recv()).await {
+            Ok(Some(request)) => request,
+            Ok(None) => return Ok(()),
+            Err(_) => {
+                if let Some(alone) = held.pop_front() {
+                    write_frame(&mut server, &alone.request).await?;
+                }
+                continue;
+            }
+        };
+        let (places, now) = (places_of(&request), Instant::now());
+        let is_first = |place: &Place| last.get(place).is_none_or(|&last| now >= last + rest);
+        let first = !places.is_empty() && places.iter().all(is_first);
+        last.extend(places.iter().map(|place| (place.clone(), now)));
+        if let Some(at) = held.iter().position(|held| !held.places.is_disjoint(&places)) {
+            let _ = refusals.send(refusal(&held.remove(at).expect("it is there").request));
+        } else if first && held.len() < MOST_HELD {
+            held.push_back(Held { request, places, until: now + HELD });
             continue;
         }
-        // A broker answers in order: nothing overtakes what is held.
-        let (mut behind, mut followed) = (vec![], false);
-        while !followed && let Ok(Some(next)) = timeout_at(now + HELD, requests.recv()).await {
-            followed = !places_of(&next).is_disjoint(&places);
-            behind.push(next);
-        }
-        if followed {
-            let _ = refusals.send(refusal(&request));
-        } else {
-            write_frame(&mut server, &request).await?;
-        }
-        for next in behind {
-            calm.extend(places_of(&next).into_iter().map(|place| (place, now)));
-            write_frame(&mut server, &next).await?;
-        }
+        write_frame(&mut server, &request).await?;
     }
-    Ok(())
+}
+
+/// A first request that waits for the second.
+struct Held {
+    request: Vec<u8>,
+    places: BTreeSet<Place>,
+    until: Instant,
 }
 
 /// Passes responses on, and refusals among them.

@@ -143,9 +143,11 @@ async fn first_refused(stage: Stage) -> Verdict {
     let node = node::node().await;
     node.wire.set(Wire::FirstRefused(Duration::from_secs(3600)));
     let before = node.wire.refused();
-    let (fleet, all) = start(&stage, &node).await;
+    let fleet = Fleet::new(&stage, Wishes { brokers: Some(node.brokers()), ..Wishes::default() }).await;
+    fleet.commit_together(WAITING, LARGE).await;
+    let all = fleet.all_roles().await;
     fleet.disturbed();
-    fleet.load(&[&all], stage.many(8), (KEYS, stage.many(6)), async {}).await;
+    load(&fleet, &all, &stage, async {}).await;
     refused(&node, before, finish(fleet, all).await)
 }
 
@@ -159,7 +161,7 @@ async fn forgotten(stage: Stage) -> Verdict {
     let mut before = 0;
     for _ in 0..3 {
         before = node.wire.refused();
-        fleet.load(&[&all], 2, (KEYS, stage.many(4)), async {}).await;
+        fleet.commit_together(WAITING, LARGE).await;
         fleet.until_count("select count(*) from outbox", 0, PATIENCE).await;
         sleep(Duration::from_secs(4)).await;
     }
@@ -168,8 +170,9 @@ async fn forgotten(stage: Stage) -> Verdict {
     verdict
 }
 
-/// Many, so that the next message of a partition is under way before the one before is acknowledged.
-const KEYS: usize = 60;
+/// So many at once, and so large, that the client sends what a partition gets in several requests.
+const WAITING: usize = 64;
+const LARGE: usize = 400_000;
 
 fn refused(node: &Node, before: u64, mut verdict: Verdict) -> Verdict {
     let count = node.wire.refused() - before;

@@ -1,15 +1,17 @@
 //! Several relays: leases that run out, processes that stand still, hand-overs.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
 
 use super::{Scenario, scenario};
 use crate::{
     checker::{Expected, Verdict, judge},
     fleet::{Fleet, Wishes},
     keeper::Keeper,
+    node,
     stage::Stage,
 };
 
@@ -21,6 +23,7 @@ pub fn scenarios() -> Vec<Scenario> {
         scenario!("fenced: both relays frozen by turns", "not a copy of what the other has sent", frozen_by_turns),
         scenario!("fenced: a relay killed under load, again and again", "the other takes over", killed),
         scenario!("fenced: hand-over under load", "whole groups of lanes", handed_over),
+        scenario!("fenced: all relays killed in mid-transaction", "what consumers wait for", killed_in_transaction),
         scenario!("both relays frozen by turns", "each is thawed into the other's lanes", frozen_by_turns),
         scenario!("a relay killed under load, again and again", "the other takes over", killed),
         scenario!("hand-over under load", "SIGTERM to one of two, and a new one joins", handed_over),
@@ -119,6 +122,52 @@ async fn killed(mut stage: Stage) -> Verdict {
     })
     .await;
     finish(fleet, vec![first, second]).await
+}
+
+/// Consumers read nothing behind the open transactions before these are aborted: by those that come after, or by Kafka
+/// when they have timed out.
+async fn killed_in_transaction(mut stage: Stage) -> Verdict {
+    // As in production: the lanes of the dead are free when it has run out.
+    let vars = vec![("RELAY_LEASE", "10s".to_owned())];
+    let fleet = Fleet::new(&stage, Wishes { vars, ..Wishes::default() }).await;
+    let rest = fleet.process("http,sagas", "", 0);
+    fleet.commit_events(24, 2).await;
+    let armed = format!("relay::enqueued={}*off->return", stage.roll(3, 8));
+    let relays = [fleet.process("relay", &armed, 1), fleet.process("relay", &armed, 1)];
+    (0..2).for_each(|_| fleet.disturbed());
+    rest.until_up().await;
+    let watched = CancellationToken::new();
+    let (waited, ()) = tokio::join!(longest_open(&fleet, &watched), async {
+        under_load(&fleet, &[&rest], &stage, async {}).await;
+        fleet.settle(Duration::from_secs(90)).await;
+        watched.cancel();
+    });
+    let died = relays.iter().all(|relay| relay.deaths() > 0);
+    let [first, second] = relays;
+    let mut verdict = finish(fleet, vec![rest, first, second]).await;
+    verdict.measured.push(format!("consumers waited {:.1} s", waited.as_secs_f64()));
+    if !died {
+        verdict.findings.push("not all relays were killed: nothing was proven".to_owned());
+    }
+    verdict
+}
+
+/// The longest that a partition ended for consumers at one place, with more behind it.
+async fn longest_open(fleet: &Fleet, enough: &CancellationToken) -> Duration {
+    let topic = fleet.topic("load");
+    let (mut open, mut longest) = ([None; 4], Duration::ZERO);
+    while !enough.is_cancelled() {
+        let now = node::open_transactions(&fleet.brokers, &topic).await;
+        for (known, end) in open.iter_mut().zip(now) {
+            *known = end.map(|end| match *known {
+                Some((before, since)) if before == end => (end, since),
+                _ => (end, Instant::now()),
+            });
+            longest = longest.max(known.map_or(Duration::ZERO, |(_, since)| since.elapsed()));
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+    longest
 }
 
 async fn handed_over(mut stage: Stage) -> Verdict {
