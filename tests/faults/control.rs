@@ -51,7 +51,7 @@ impl Control {
                         Err(_) => sent.failed += 1,
                     }
                     sent.longest = sent.longest.max(since.elapsed());
-                    sleep(Duration::from_millis(20)).await;
+                    sleep(Duration::from_millis(50)).await;
                 }
                 sent
             });

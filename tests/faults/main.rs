@@ -149,7 +149,12 @@ async fn play(arguments: &Arguments, chosen: &[&'static Scenario]) -> Vec<Played
 }
 
 async fn play_one(scenario: &'static Scenario, seed: u64, full: bool) -> Played {
-    let patience = Duration::from_secs(if full { 1200 } else { 240 });
+    // Brokers take their time to start, and a cluster's are started again and again.
+    let patience = match (full, scenario.lane) {
+        (true, _) => Duration::from_secs(1200),
+        (false, Lane::Cluster) => Duration::from_secs(480),
+        (false, _) => Duration::from_secs(240),
+    };
     let since = Instant::now();
     // A task of its own: what it asserts in vain ends it, not the suite.
     let mut playing = tokio::spawn((scenario.play)(Stage::new(scenario.name, seed, full)));

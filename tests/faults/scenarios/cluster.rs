@@ -23,8 +23,8 @@ use crate::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(120);
-const KEYS: usize = 8;
-const PAUSE: Duration = Duration::from_millis(60);
+const KEYS: usize = 6;
+const PAUSE: Duration = Duration::from_millis(80);
 /// In how many topics `many_topics` writes.
 const MANY: usize = 20;
 
@@ -60,7 +60,8 @@ impl Trio {
         node::create_topics(&cluster.brokers(), std::slice::from_ref(&control_topic), &[]).await;
         let one = async |fenced| {
             // As in production.
-            let vars = vec![("RELAY_LEASE", "10s".to_owned()), ("SAGA_STEP_TIMEOUT", "20s".to_owned())];
+            let vars = [("RELAY_LEASE", "10s"), ("SAGA_STEP_TIMEOUT", "20s"), ("DB_ACQUIRE_TIMEOUT", "10s")];
+            let vars = vars.map(|(name, value)| (name, value.to_owned())).to_vec();
             let brokers = Some(cluster.brokers());
             let fleet = Fleet::new(stage, Wishes { brokers, vars, fenced, more_topics, ..Wishes::default() }).await;
             let keeper = fleet.all_roles().await;
