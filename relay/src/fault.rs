@@ -11,6 +11,9 @@ pub enum Fault {
     /// The broker, or the way to it, is in trouble: nothing is the message's fault, so no attempt
     /// is counted against it.
     Broker,
+    /// The client gave up on the message after its delivery time-out. The broker's fault as a rule; where it
+    /// is the client's own, which holds on to leaders that are none any more, a new client is the remedy.
+    TimedOut,
     /// The producer is dead for good and has to be built anew.
     Producer,
     /// The client reports success, but names no position in the log: the message may be there or not. It is
@@ -25,6 +28,7 @@ impl Fault {
             Fault::Message => "message",
             Fault::Topic => "topic",
             Fault::Broker => "broker",
+            Fault::TimedOut => "timed_out",
             Fault::Producer => "producer",
             Fault::NoPosition => "no_position",
         }

@@ -70,6 +70,7 @@ mod parking;
 mod position;
 mod publisher;
 mod relay;
+mod renewal;
 mod replay;
 pub mod supervisor;
 #[cfg(feature = "test-kit")]

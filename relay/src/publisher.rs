@@ -371,6 +371,7 @@ impl ProducerContext for Reports {
 fn classify(error: &KafkaError) -> Fault {
     let Some(code) = error.rdkafka_error_code() else { return Fault::Broker };
     match code {
+        Code::MessageTimedOut => Fault::TimedOut,
         Code::Fatal | Code::OutOfOrderSequenceNumber | Code::Fenced | Code::State => Fault::Producer,
         Code::MessageSizeTooLarge
         | Code::InvalidMessage
@@ -407,7 +408,6 @@ mod tests {
         assert_eq!(fault_of(Code::MessageSizeTooLarge), Fault::Message);
         assert_eq!(fault_of(Code::InvalidRecord), Fault::Message);
         for passing in [
-            Code::MessageTimedOut,
             Code::BrokerTransportFailure,
             Code::AllBrokersDown,
             Code::NotEnoughReplicas,
@@ -417,6 +417,7 @@ mod tests {
         ] {
             assert_eq!(fault_of(passing), Fault::Broker, "{passing:?}");
         }
+        assert_eq!(fault_of(Code::MessageTimedOut), Fault::TimedOut);
     }
 
     #[test]

@@ -30,6 +30,7 @@ use crate::{
     parking::ParkCause,
     publisher::Publisher,
     relay::{RelaySettings, jitter},
+    renewal::Renewal,
     window::Window,
 };
 
@@ -73,6 +74,7 @@ pub(crate) struct Worker {
     /// The row in flight is one of those, and nothing else may be.
     alone: bool,
     breaker: Breaker,
+    renewal: Renewal,
     topics: Holds,
     /// What is logged of paused topics, by their names: few, since they come from the programs that append.
     topic_lines: Throttle<String>,
@@ -131,6 +133,7 @@ impl Worker {
             refused: HashSet::new(),
             alone: false,
             breaker: Breaker::default(),
+            renewal: Renewal::default(),
             topics: Holds::default(),
             topic_lines: Throttle::new(),
             keys: Holds::default(),
@@ -221,6 +224,7 @@ impl Worker {
         self.collect_reports(&trusted, stopping || trusted.paused).await;
         self.settle(&trusted).await;
         self.archive(&trusted).await?;
+        self.renew_producer();
         self.park_unsendable(&trusted).await?;
         self.hand_over_drained(&trusted).await?;
         if self.window.len() == 0 {

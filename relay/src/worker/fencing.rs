@@ -21,6 +21,7 @@ use super::Worker;
 use crate::{
     breaker::Allowance,
     delivery::{self, LaneTerm},
+    fault::Fault,
     fault_points,
     lanes::{self, Trusted},
     relay::jitter,
@@ -85,6 +86,7 @@ impl Worker {
         // The old one has to be gone: with messages in flight it asks the broker for a new epoch on its
         // way out, and would fence off its successor.
         std::mem::replace(&mut self.publisher, publisher).end(patience).await;
+        self.renewal.done(Instant::now());
         self.publisher.raise_fence(patience).await?;
         tracing::info!(worker = self.index, fence = name, "fence raised");
         metrics::counter!("outbox_fences_raised_total").increment(1);
@@ -170,14 +172,21 @@ impl Worker {
 
     async fn abort(&mut self) {
         self.forget_unsettled();
-        self.fence = match self.publisher.abort(self.settings.delivery_timeout()).await {
+        let aborted = self.publisher.abort(self.settings.delivery_timeout()).await;
+        while let Some(report) = self.publisher.report_now() {
+            if report.result.is_err_and(|failure| failure.fault == Fault::TimedOut) {
+                self.renewal.timed_out(Instant::now());
+            }
+        }
+        self.fence = match aborted {
+            // A fence that is raised anew brings a new producer.
+            Ok(()) if self.renewal.is_due() => Fence::Down,
             Ok(()) => Fence::Up,
             Err(reason) => {
                 tracing::debug!(worker = self.index, reason, "a transaction was not aborted; raising the fence anew");
                 Fence::Down
             }
         };
-        while self.publisher.report_now().is_some() {}
     }
 
     fn forget_unsettled(&mut self) {

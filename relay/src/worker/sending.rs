@@ -27,7 +27,7 @@ impl Worker {
     /// again with nothing else in flight: then it is the one, or not.
     pub(super) fn send_ready(&mut self, trusted: &Trusted) {
         self.alone &= self.window.in_flight() > 0;
-        while !self.alone && Instant::now() < trusted.until && self.may_send() {
+        while !self.alone && !self.renewal.is_due() && Instant::now() < trusted.until && self.may_send() {
             let others = self.window.in_flight() > 0;
             let Some(row) = self.window.next_to_send() else { return };
             let (row_id, alone) = (row.id, self.refused.contains(&row.id));
@@ -115,7 +115,7 @@ impl Worker {
                 Some(true)
             }
             Err(failure) => {
-                let broker = failure.fault == Fault::Broker;
+                let broker = matches!(failure.fault, Fault::Broker | Fault::TimedOut);
                 self.window.in_flight_row(report.row_id)?;
                 self.failed(report.row_id, failure);
                 broker.then_some(false)
@@ -153,7 +153,10 @@ impl Worker {
                     );
                 }
             }
-            Fault::Broker => {
+            Fault::Broker | Fault::TimedOut => {
+                if failure.fault == Fault::TimedOut {
+                    self.renewal.timed_out(now);
+                }
                 if self.keys.hold(&row.key, now) {
                     tracing::debug!(key = &*row.key, reason = failure.reason, "delivery failed; trying again");
                 }
@@ -177,19 +180,33 @@ impl Worker {
 
     fn replace_producer(&mut self, reason: &str) {
         tracing::error!(worker = self.index, reason, "the Kafka producer is dead; making a new one");
-        metrics::counter!("outbox_producers_replaced_total").increment(1);
         self.breaker.failed(Instant::now(), jitter());
-        if self.settings.fencing {
-            // The transaction is broken, can't be aborted, and the next fence brings a new one.
-            return;
+        // With fencing the transaction is broken, can't be aborted, and the next fence brings a new one.
+        if !self.settings.fencing {
+            self.new_producer();
         }
+    }
+
+    /// Replaces a producer that gave up on a message; see [`renewal`](crate::renewal). With fencing the next fence
+    /// brings a new one.
+    pub(super) fn renew_producer(&mut self) {
+        if !self.settings.fencing && self.renewal.may_begin(Instant::now(), self.window.in_flight()) {
+            tracing::warn!(worker = self.index, "the Kafka client gave up on a message; going on with a new client");
+            self.new_producer();
+        }
+    }
+
+    fn new_producer(&mut self) {
+        metrics::counter!("outbox_producers_replaced_total").increment(1);
         match self.settings.publisher(None) {
             Ok(publisher) => {
-                let dead = std::mem::replace(&mut self.publisher, publisher);
-                std::thread::spawn(move || drop(dead));
+                let replaced = std::mem::replace(&mut self.publisher, publisher);
+                std::thread::spawn(move || drop(replaced));
             }
             Err(error) => tracing::error!(%error, "no new producer"),
         }
+        self.renewal.done(Instant::now());
         self.window.evict_unsent();
+        self.look_again();
     }
 }
