@@ -21,6 +21,7 @@ use axum::{
     http::{Request, header},
 };
 use futures_util::future::join;
+use outbox_relay::inbox::Bytes;
 use reqwest::Method;
 use saga_orchestrator::{deadlines::SweepCursor, reply::Received};
 use secrecy::{ExposeSecret, SecretString};
@@ -312,11 +313,13 @@ async fn a_job_of_the_sagas_that_is_dropped_leaves_nothing_behind() {
         topic: "user.create.done".to_owned(),
         partition: 0,
         offset: 0,
-        timestamp_ms: chrono::Utc::now().timestamp_millis(),
-        cluster_id: "c".to_owned(),
-        key: None,
-        headers: [("saga-id".to_owned(), ada["sagaId"].as_str().unwrap().to_owned())].into(),
-        payload: Some(b"{}".to_vec()),
+        kafka_at: None,
+        cluster_id: "none".to_owned(),
+        bytes: Bytes {
+            headers: vec![("saga-id".to_owned(), Some(ada["sagaId"].as_str().unwrap().into()))],
+            payload: Some(b"{}".to_vec()),
+            ..Bytes::default()
+        },
     };
     at_every_await(&service, "reply", |_| app.sagas.receive(&app.db, &done)).await.unwrap();
     let taken: Vec<(String, Option<String>)> =
