@@ -10,6 +10,10 @@ update inbox set last_at = received_at;
 drop index inbox_received;
 create index inbox_last on inbox (last_at);
 
+-- Whether the service made the correlation id itself. One that a client gave may have been in use before, so a
+-- reply that names its saga by it alone must not be older than the saga.
+alter table saga_state add column correlation_made boolean not null default false;
+
 -- Headers as a list: a name may come more than once, a value may be missing, or be bytes.
 update inbox
    set raw_headers = (select coalesce(jsonb_agg(jsonb_build_object('name', key, 'text', value)), '[]')

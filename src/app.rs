@@ -159,6 +159,7 @@ impl App {
             ask_timeout: Duration::from_secs(10),
             resolve_backoff: config.sagas.resolve_backoff,
             resolve_attempts: config.sagas.resolve_attempts,
+            reply_clock_tolerance: config.sagas.reply_clock_tolerance,
         };
         let wake = Wake::default();
         let participants = Participants::new(client, config.sagas.silence_policy);

@@ -10,6 +10,7 @@
 //! can take the partitions, and joined again when it does.
 
 mod client;
+mod start;
 mod status;
 mod topics;
 
@@ -146,6 +147,11 @@ impl<F: Flows> Orchestrator<F> {
     ) -> Result<(), Ended> {
         let member = client::consumer(&settings, status.clone())?;
         let topics = self.reply_topics();
+        let started = self.start_group(member.consumer(), &topics, &db, &status);
+        if shutdown.run_until_cancelled(served(member.consumer(), started)).await.is_none() {
+            member.leave().await;
+            return Ok(());
+        }
         member.consumer().subscribe(&topics.iter().map(String::as_str).collect::<Vec<_>>())?;
         let watching = topics::watch(member.consumer().clone(), topics, status.clone());
         let watching = AbortOnDropHandle::new(tokio::spawn(watching));
@@ -287,6 +293,22 @@ impl<F: Flows> Orchestrator<F> {
         match read {
             Ok((kafka_at, bytes)) => (Received { kafka_at, bytes, ..place }, true),
             Err(_) => (place, false),
+        }
+    }
+}
+
+/// Waits for `work`, and lets the client tell how it is meanwhile. It is subscribed to nothing yet, so it gets no
+/// message.
+async fn served(consumer: &StreamConsumer<Context>, work: impl Future<Output = ()>) {
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            () = &mut work => return,
+            told = consumer.recv() => {
+                if let Err(error) = told {
+                    consumer.context().met(&error);
+                }
+            }
         }
     }
 }

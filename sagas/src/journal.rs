@@ -46,6 +46,7 @@ impl<'a> EventSource<'a> {
 fn event_name(event: &Event) -> &'static str {
     match event {
         Event::Replied { .. } => "replied",
+        Event::Doubted { .. } => "doubted",
         Event::UndoReplied { .. } => "undo-replied",
         Event::UndoParked { .. } => "undo-parked",
         Event::Published => "published",
@@ -59,6 +60,7 @@ fn said(event: &Event) -> Value {
     match event {
         Event::Replied { answer: Answer::Done, .. } => json!("done"),
         Event::Replied { answer: Answer::Refused(why), .. } => json!({ "refused": why }),
+        Event::Doubted { .. } => json!("refused, by a reply that may be older than the saga"),
         Event::UndoReplied { refusal: None, .. } => json!("undone"),
         Event::UndoReplied { refusal: Some(why), .. } => json!({ "undoRefused": why }),
         Event::Published => Value::Null,

@@ -64,6 +64,13 @@ pub enum Event {
         /// What it says.
         answer: Answer,
     },
+    /// A refusal that may have been meant for something older than this saga.
+    Doubted {
+        /// The step it answers.
+        step: usize,
+        /// Whom to ask about it.
+        recourse: Recourse,
+    },
     /// A reply to an undo command.
     UndoReplied {
         /// The step it would undo.
@@ -181,6 +188,8 @@ pub enum Deadline {
     None,
     /// One step's time after the command's publication.
     AfterPublication,
+    /// It has come: whoever can be asked is asked at once.
+    Now,
     /// As long as somebody is asking.
     WhileAsking,
     /// After the next, longer, pause.
@@ -202,7 +211,7 @@ pub enum Ignored {
 
 /// Decides what an event means for a saga of this kind that stands there.
 pub fn decide(definition: &Definition, at: Position, event: &Event) -> Decision {
-    use Event::{Overdue, Parked, Published, Replied, Settled, UndoParked, UndoReplied};
+    use Event::{Doubted, Overdue, Parked, Published, Replied, Settled, UndoParked, UndoReplied};
     use Ignored::{Duplicate, Late, Noted, Unexpected};
     use Status::{Compensated, Completed, Resolving, Running, Stuck};
 
@@ -220,6 +229,23 @@ pub fn decide(definition: &Definition, at: Position, event: &Event) -> Decision 
         (Compensated, Replied { answer: Answer::Refused(_), .. }) => Decision::Ignore(Duplicate),
         // The undo command is behind the command in the same key: what was done late is undone.
         (Compensated, Replied { answer: Answer::Done, .. }) => Decision::Ignore(Late),
+
+        // A refusal that may belong to something older is asked about, not obeyed.
+        (_, Doubted { step, .. }) if *step < at.step => Decision::Ignore(Late),
+        (_, Doubted { step, .. }) if *step > at.step => Decision::Ignore(Unexpected),
+        (Running, Doubted { recourse: Recourse::Ask, .. }) => Decision::Move(waiting(at, Running, Deadline::Now)),
+        (Running, Doubted { recourse: Recourse::AssumeCompleted | Recourse::NeedsOperator, .. }) => {
+            Decision::Move(stuck(
+                at,
+                "a refusal came that may be older than this saga, and no service is configured that could be asked \
+                 (USER_SERVICE_GRPC_URL)"
+                    .to_owned(),
+            ))
+        }
+        (Resolving, Doubted { .. }) => Decision::Ignore(Noted),
+        (Stuck, Doubted { .. }) => Decision::Ignore(Unexpected),
+        (Completed, Doubted { .. }) => Decision::Ignore(Late),
+        (Compensated, Doubted { .. }) => Decision::Ignore(Duplicate),
 
         // A reply to an undo command. Each undo is heard for itself: that one step is undone says
         // nothing of another, whose undo was refused.

@@ -66,6 +66,9 @@ pub struct SagaSettings {
     pub resolve_backoff: Duration,
     /// Questions nobody answered before the saga is stuck.
     pub resolve_attempts: u32,
+    /// How far Kafka's clock and the database's may be apart. Replies that do not name a saga by an id of ours
+    /// are held to their age.
+    pub reply_clock_tolerance: Duration,
 }
 
 /// A saga to be started.
@@ -80,6 +83,8 @@ pub struct NewSaga {
     /// Correlation id of the request. Used for the messages if no saga ever used it; else they get
     /// a new one and the log links the two.
     pub correlation_id: String,
+    /// A client chose that id: something older may carry it.
+    pub correlation_given: bool,
     /// W3C trace context of the request.
     pub traceparent: Option<String>,
 }
@@ -181,10 +186,11 @@ impl<F: Flows> Orchestrator<F> {
             data: &new.data,
             context: &context,
             correlation_id: &new.correlation_id,
+            correlation_made: !new.correlation_given,
         };
         let fresh = Uuid::now_v7().to_string();
         if !store::insert(conn, &row).await? {
-            row.correlation_id = &fresh;
+            (row.correlation_id, row.correlation_made) = (&fresh, true);
             if !store::insert(conn, &row).await? {
                 return Err(SagaError::Changed(new.saga_id));
             }

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::{
     definition::{Definition, Meaning},
     journal::EventSource,
-    machine::{Event, Ignored},
+    machine::{Answer, Event, Ignored},
     orchestrator::{Flows, Handled, Orchestrator, SagaError},
     reply::{self, NamedBy, Naming, Received, Verdict},
     state::Saga,
@@ -25,6 +25,18 @@ pub const CONSUMER: &str = "sagas";
 
 /// Most bytes of a reason in the inbox.
 const LONGEST_DETAIL: usize = 1000;
+
+/// A reply's age beside its saga's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Age {
+    /// It can't be meant for anything older.
+    Young,
+    /// The clocks do not tell.
+    InDoubt,
+    TooOld {
+        seconds: u64,
+    },
+}
 
 /// What became of a message, before it is written down.
 struct Conclusion {
@@ -157,7 +169,15 @@ impl<F: Flows> Orchestrator<F> {
             let detail = format!("saga {} ({}) gets no replies on {}", saga.saga_id, saga.name, message.topic);
             return Ok(about(Outcome::Unexpected, detail));
         };
+        let age = self.age(&naming, message, &saga);
+        if let Age::TooOld { seconds } = age {
+            let detail = format!("it is {seconds} s older than the only saga it can be meant for");
+            return Ok(about(Outcome::Unexpected, detail));
+        }
         let event = match reply::verdict(message, meaning, &self.inner.settings.participant) {
+            Ok(Verdict::Step(Answer::Refused(_))) if age == Age::InDoubt => {
+                Event::Doubted { step, recourse: self.inner.flows.recourse() }
+            }
             Ok(Verdict::Step(answer)) => Event::Replied { step, answer },
             Ok(Verdict::Undone) => Event::UndoReplied { step, refusal: None },
             Ok(Verdict::UndoRefused(why)) => Event::UndoReplied { step, refusal: Some(why) },
@@ -168,6 +188,9 @@ impl<F: Flows> Orchestrator<F> {
         let burns_id = matches!(handled, Some(Handled::Moved(_) | Handled::Deferred));
         let nothing = |why: &str| Some(why.to_owned());
         let (outcome, detail) = match handled {
+            Some(Handled::Moved(_)) if matches!(event, Event::Doubted { .. }) => {
+                (Outcome::Applied, nothing("it may be older than the saga: it is asked about, not obeyed"))
+            }
             Some(Handled::Moved(_)) | Some(Handled::Ignored(Ignored::Noted)) => (Outcome::Applied, None),
             Some(Handled::Deferred) => (Outcome::Deferred, nothing("waits until the other service has been asked")),
             Some(Handled::Ignored(Ignored::Duplicate)) => (Outcome::Duplicate, nothing("says what is known already")),
@@ -226,6 +249,25 @@ impl<F: Flows> Orchestrator<F> {
         })
     }
 
+    /// Whether a reply is old enough to be meant for something before this saga. Our saga ids and correlation ids
+    /// were never in use before; anything else may have been, in a database that was here before this one.
+    fn age(&self, naming: &Naming, message: &Received, saga: &Saga) -> Age {
+        let ours = match naming.by {
+            NamedBy::SagaId(_) => true,
+            NamedBy::CorrelationId(_) => saga.correlation_made,
+            NamedBy::Subject(_) => false,
+        };
+        let Some(kafka_at) = message.kafka_at.filter(|_| !ours) else {
+            return if ours { Age::Young } else { Age::InDoubt };
+        };
+        match (saga.created_at - kafka_at).to_std() {
+            // Not older at all.
+            Err(_) => Age::Young,
+            Ok(older) if older <= self.inner.settings.reply_clock_tolerance => Age::InDoubt,
+            Ok(older) => Age::TooOld { seconds: older.as_secs() },
+        }
+    }
+
     async fn open_saga_about(
         &self,
         conn: &mut PgConnection,
@@ -276,8 +318,9 @@ async fn conclude(
         let also = format!("names of headers that are not UTF-8: {unreadable}");
         detail = Some(detail.map_or(also.clone(), |detail| format!("{detail}; {also}")));
     }
-    let nothing_to_find_out = matches!(outcome, Outcome::Applied | Outcome::Duplicate) && unreadable == 0;
-    let bytes = (!nothing_to_find_out).then_some(bytes);
+    // Of what did as it should, or said what was known, there is nothing left to find out.
+    let plain = outcome == Outcome::Duplicate || outcome == Outcome::Applied && detail.is_none();
+    let bytes = (!plain).then_some(bytes);
     let disposition = inbox::Disposition { outcome, detail: detail.as_deref(), saga_id, bytes };
     if burns_id {
         inbox::conclude(conn, incoming, disposition).await?;

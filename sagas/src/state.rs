@@ -100,6 +100,8 @@ pub struct Saga {
     pub context: Value,
     /// Correlation id of its messages, unique over all sagas ever.
     pub correlation_id: String,
+    /// The service made that id itself: nothing older carries it.
+    pub correlation_made: bool,
     /// Message id of the command whose answer is awaited.
     pub command_id: Option<Uuid>,
     /// Outbox row of that command.
@@ -140,6 +142,7 @@ impl FromRow<'_, PgRow> for Saga {
             data: row.try_get("data")?,
             context: row.try_get("context")?,
             correlation_id: row.try_get("correlation_id")?,
+            correlation_made: row.try_get("correlation_made")?,
             command_id: row.try_get("command_id")?,
             command_row: row.try_get("command_row")?,
             deadline_at: row.try_get("deadline_at")?,

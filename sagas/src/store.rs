@@ -24,13 +24,16 @@ pub(crate) struct NewRow<'a> {
     pub data: &'a Value,
     pub context: &'a Value,
     pub correlation_id: &'a str,
+    /// The id was made here; nothing older carries it.
+    pub correlation_made: bool,
 }
 
 /// Writes a new saga. `false` when its correlation id was used before, by any saga ever.
 pub(crate) async fn insert(conn: &mut PgConnection, new: &NewRow<'_>) -> Result<bool, sqlx::Error> {
     let written = sqlx::query(
-        "insert into saga_state (saga_id, name, definition_version, status, step, subject, data, context, correlation_id)
-         values ($1, $2, $3, 'running', $4, $5, $6, $7, $8)
+        "insert into saga_state (saga_id, name, definition_version, status, step, subject, data, context, correlation_id,
+                                 correlation_made)
+         values ($1, $2, $3, 'running', $4, $5, $6, $7, $8, $9)
          on conflict on constraint saga_state_correlation_unique do nothing",
     )
     .bind(new.saga_id)
@@ -41,6 +44,7 @@ pub(crate) async fn insert(conn: &mut PgConnection, new: &NewRow<'_>) -> Result<
     .bind(new.data)
     .bind(new.context)
     .bind(new.correlation_id)
+    .bind(new.correlation_made)
     .execute(conn)
     .await?;
     Ok(written.rows_affected() == 1)
@@ -96,6 +100,13 @@ pub(crate) async fn open_by_subject(
     .await
 }
 
+/// When the oldest saga began that still awaits something.
+pub(crate) async fn oldest_open(conn: &mut PgConnection) -> Result<Option<DateTime<Utc>>, sqlx::Error> {
+    sqlx::query_scalar("select min(created_at) from saga_state where status in ('running', 'resolving', 'stuck')")
+        .fetch_one(conn)
+        .await
+}
+
 /// Durations the deadlines are reckoned with.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Patience {
@@ -131,11 +142,12 @@ pub(crate) async fn advance(
     let attempts = match to.deadline {
         Deadline::BackOff => saga.resolve_attempts + 1,
         Deadline::AfterPublication => 0,
-        Deadline::None | Deadline::WhileAsking => saga.resolve_attempts,
+        Deadline::None | Deadline::Now | Deadline::WhileAsking => saga.resolve_attempts,
     };
     let (after_publication, back_off) = match to.deadline {
         Deadline::AfterPublication => (Some(patience.step.as_secs_f64()), None),
         Deadline::BackOff => (None, Some(patience.pause(attempts).as_secs_f64())),
+        Deadline::Now => (None, Some(0.0)),
         Deadline::None | Deadline::WhileAsking => (None, None),
     };
     let asking = matches!(to.deadline, Deadline::WhileAsking).then(|| patience.asking.as_secs_f64());

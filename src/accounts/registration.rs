@@ -257,6 +257,7 @@ async fn commit(
             subject: user.id.to_string(),
             data: create_user::data(i64::from(user.id.0), &user.username, &user.email),
             correlation_id: context.correlation_id.clone(),
+            correlation_given: context.correlation_given,
             traceparent: context.traceparent.clone(),
         };
         app.sagas.start(&mut tx, &create_user::DEFINITION, new).await?;

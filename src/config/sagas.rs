@@ -13,6 +13,8 @@ pub struct SagaConfig {
     pub resolve_backoff: Duration,
     /// How many such questions before the saga is stuck.
     pub resolve_attempts: u32,
+    /// How far Kafka's clock and the database's may be apart.
+    pub reply_clock_tolerance: Duration,
     /// What silence means where nobody can be asked.
     pub silence_policy: SilencePolicy,
     /// The participant's name, as its replies give it.
@@ -36,6 +38,7 @@ impl SagaConfig {
         let step_timeout = vars.duration("SAGA_STEP_TIMEOUT", seconds(30), millis(100)..=seconds(86_400));
         let resolve_backoff = vars.duration("SAGA_RESOLVE_BACKOFF", seconds(5), millis(10)..=seconds(300));
         let resolve_attempts = vars.number("SAGA_RESOLVE_ATTEMPTS", 10, 1..=10_000);
+        let reply_clock_tolerance = vars.duration("REPLY_CLOCK_TOLERANCE", seconds(60), seconds(0)..=seconds(3600));
         let silence_policy = vars.choice(
             "SAGA_SILENCE_POLICY",
             &[("stuck", SilencePolicy::Stuck), ("assume-completed", SilencePolicy::AssumeCompleted)],
@@ -45,7 +48,15 @@ impl SagaConfig {
         if user_service_url.is_some() && vars.is_set("SAGA_SILENCE_POLICY") {
             vars.warn("SAGA_SILENCE_POLICY has no effect: USER_SERVICE_GRPC_URL is set, so user-service is asked.");
         }
-        Self { step_timeout, resolve_backoff, resolve_attempts, silence_policy, participant, user_service_url }
+        Self {
+            step_timeout,
+            resolve_backoff,
+            resolve_attempts,
+            reply_clock_tolerance,
+            silence_policy,
+            participant,
+            user_service_url,
+        }
     }
 }
 

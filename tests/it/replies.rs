@@ -1,14 +1,26 @@
 //! What other services may put on a reply topic, and that all of it leaves a trace and nothing stops reading.
 
+use std::time::Duration;
+
 use auth_service::app::Role;
+use chrono::Utc;
+use rdkafka::{
+    ClientConfig, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer},
+};
+use reqwest::Method;
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::support::{
-    TestService,
-    parts::PARTS,
-    raw_kafka::{RawProducer, RawRecord},
-    service::Wishes,
+use crate::{
+    sagas::{Temper, user_service},
+    support::{
+        TestService, eventually,
+        parts::PARTS,
+        raw_kafka::{RawProducer, RawRecord},
+        service::{Wishes, registration},
+    },
 };
 
 const CLOSE: &str = "user.create.close";
@@ -29,8 +41,14 @@ async fn producer(service: &TestService) -> RawProducer {
 }
 
 fn record<'a>(headers: &[(&'a str, &'a str)], value: &'a str) -> RawRecord<'a> {
+    record_of(0, headers, value)
+}
+
+/// Written so many seconds ago.
+fn record_of<'a>(seconds: i64, headers: &[(&'a str, &'a str)], value: &'a str) -> RawRecord<'a> {
     let headers = headers.iter().map(|(name, value)| (name.as_bytes(), Some(value.as_bytes())));
-    RawRecord { value: Some(value.as_bytes()), headers: headers.collect(), ..RawRecord::default() }
+    let timestamp = Utc::now().timestamp_millis() - seconds * 1000;
+    RawRecord { value: Some(value.as_bytes()), headers: headers.collect(), timestamp, ..RawRecord::default() }
 }
 
 /// A good refusal behind everything else: once it has taken effect, everything before it was taken in.
@@ -48,7 +66,7 @@ async fn a_header_name_that_is_not_utf_8_costs_that_header_alone() {
     let junk = vec![(b"\xff\xfe".as_slice(), Some(b"1".as_slice())), (b"ok", Some(b"2")), (b"\xc3\x28", None)];
     producer.send(&RawRecord { value: Some(b"junk"), headers: junk.clone(), ..RawRecord::default() }).await;
     let good = format!(r#"{{"id":{id}}}"#);
-    producer.send(&RawRecord { value: Some(good.as_bytes()), headers: junk, ..RawRecord::default() }).await;
+    producer.send(&RawRecord { headers: junk, ..record(&[], &good) }).await;
     service.until_saga_is(&first, "compensated").await;
     refuse_behind(&service, &mut producer, &second).await;
 
@@ -249,5 +267,179 @@ async fn a_missing_reply_topic_is_named_in_readiness_and_metrics_until_it_exists
         .await;
     PARTS.create_topics(&[missing]).await;
     service.until_detail("topic-missing", |said| said.is_none()).await;
+    service.stop().await;
+}
+
+const HOUR: i64 = 3600;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reply_that_names_no_id_of_ours_must_not_be_older_than_its_saga() {
+    let service = TestService::start().await;
+    let mut producer = producer(&service).await;
+    let by_client = service
+        .request(Method::POST, "/auth/register")
+        .header("x-correlation-id", "mine")
+        .json(&registration("ada"))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(by_client.status(), 201);
+    let ada: Value = by_client.json().await.unwrap();
+    let (ada, ada_id) = (ada["data"]["sagaId"].as_str().unwrap().to_owned(), ada["data"]["id"].to_string());
+    let (_, bob) = registered(&service, "bob").await;
+    let (_, cyd) = registered(&service, "cyd").await;
+    let made: String = sqlx::query_scalar("select correlation_id from saga_state where saga_id = $1::uuid")
+        .bind(&bob)
+        .fetch_one(&service.db)
+        .await
+        .unwrap();
+
+    let by_id = format!(r#"{{"id":{ada_id}}}"#);
+    producer.send(&record_of(2 * HOUR, &[], &by_id)).await;
+    producer.send(&record_of(2 * HOUR, &[("correlationId", "mine")], "{}")).await;
+    producer.send(&record_of(2 * HOUR, &[("correlationId", &made)], "{}")).await;
+    producer.send(&record_of(2 * HOUR, &[("saga-id", &cyd)], "{}")).await;
+    service.until_saga_is(&cyd, "compensated").await;
+    assert_eq!(service.saga_status(&bob).await, "compensated", "we made that correlation id");
+    assert_eq!(service.saga_status(&ada).await, "running");
+    let old = "select count(*) from inbox where outcome = 'unexpected' and detail like '%older than the only saga%'
+                                            and kafka_at < now() - interval '1 hour'";
+    assert_eq!(service.count(old).await, 2);
+    producer.send(&record(&[("correlationId", "mine")], "{}")).await;
+    service.until_saga_is(&ada, "compensated").await;
+    service.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_that_may_be_older_is_asked_about_and_with_nobody_to_ask_makes_the_saga_stuck() {
+    let url = user_service(Temper::Has).await;
+    for (vars, status) in [(vec![("USER_SERVICE_GRPC_URL", url.as_str())], "completed"), (vec![], "stuck")] {
+        let service = TestService::with_vars(&vars).await;
+        let mut producer = producer(&service).await;
+        let (ada_id, ada) = registered(&service, "ada").await;
+        let (bob_id, bob) = registered(&service, "bob").await;
+        // Within the tolerance; and without a time.
+        producer.send(&record_of(30, &[], &format!(r#"{{"id":{ada_id}}}"#))).await;
+        producer.send(&RawRecord { timestamp: -1, ..record(&[], &format!(r#"{{"id":{bob_id}}}"#)) }).await;
+        service.until_saga_is(&ada, status).await;
+        service.until_saga_is(&bob, status).await;
+        assert_eq!(service.count("select count(*) from auth_users").await, 2);
+        let asked = "select count(*) from inbox where detail like '%asked about%' and raw_payload is not null";
+        assert_eq!(service.count(asked).await, 2);
+        service.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_group_begins_at_its_oldest_open_saga_and_without_one_at_the_end() {
+    if PARTS.is_embedded() {
+        // It looks nothing up by time.
+        return;
+    }
+    for open in [true, false] {
+        let service = TestService::with_roles(&[Role::Http]).await;
+        let mut producer = producer(&service).await;
+        for n in 0..20 {
+            producer.send(&record_of(2 * HOUR, &[], &format!(r#"{{"id":{n}}}"#))).await;
+        }
+        let waiting = if open { Some(registered(&service, "ada").await.1) } else { None };
+        if let Some(ada) = &waiting {
+            producer.send(&record(&[("saga-id", ada)], "{}")).await;
+        }
+        let wishes = Wishes { roles: Some(vec![Role::Sagas]), beside: service.beside(), ..Wishes::default() };
+        let beside = TestService::with(wishes).await;
+        let group = format!("{}auth", service.prefix);
+        eventually("the group has an offset", || async {
+            let (group, topic) = (group.clone(), service.topic(CLOSE));
+            tokio::task::spawn_blocking(move || committed(&group, &topic)).await.unwrap()
+        })
+        .await;
+        let (_, bob) = registered(&service, "bob").await;
+        refuse_behind(&service, &mut producer, &bob).await;
+        if let Some(ada) = &waiting {
+            assert_eq!(service.saga_status(ada).await, "compensated");
+        }
+        assert_eq!(service.count("select count(*) from inbox").await, 1 + i64::from(open), "nothing old was read");
+        beside.stop().await;
+        service.stop().await;
+    }
+}
+
+/// The offset a group has committed in partition 0.
+fn committed(group: &str, topic: &str) -> Option<i64> {
+    let client: BaseConsumer =
+        ClientConfig::new().set("bootstrap.servers", PARTS.brokers()).set("group.id", group).create().unwrap();
+    let mut list = TopicPartitionList::new();
+    list.add_partition(topic, 0);
+    let committed = client.committed_offsets(list, Duration::from_secs(10)).ok()?;
+    match committed.find_partition(topic, 0)?.offset() {
+        Offset::Offset(offset) => Some(offset),
+        _ => None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn brokers_that_are_away_are_named_in_readiness() {
+    let vars = vec![("KAFKA_BROKERS", "127.0.0.1:1".to_owned())];
+    let roles = Some(vec![Role::Http, Role::Sagas]);
+    let service = TestService::with(Wishes { vars, roles, no_topics: true, ..Wishes::default() }).await;
+    service.until_detail("brokers-away", |said| said.is_some_and(|said| said.contains("KAFKA_BROKERS"))).await;
+    let ready = service.request(Method::GET, "/auth/health/ready").send().await.unwrap();
+    assert_eq!(ready.status(), 200, "requests are served without brokers");
+    service.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_cant_be_joined_is_named_in_readiness_until_it_can() {
+    if PARTS.is_embedded() {
+        // It knows no group protocols.
+        return;
+    }
+    let first = TestService::with_roles(&[Role::Http]).await;
+    let group = format!("{}auth", first.prefix);
+    // Somebody else has the group, and divides it in a way we don't know.
+    let (close, stop) = (first.topic(CLOSE), CancellationToken::new());
+    let (stopped, joined) = (stop.clone(), CancellationToken::new());
+    let has_joined = joined.clone();
+    let stranger = tokio::task::spawn_blocking(move || {
+        let other: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", PARTS.brokers())
+            .set("group.id", group)
+            .set("partition.assignment.strategy", "range")
+            .create()
+            .unwrap();
+        other.subscribe(&[&close]).unwrap();
+        while !stopped.is_cancelled() {
+            let _ = other.poll(Duration::from_millis(50));
+            if other.assignment().is_ok_and(|assigned| assigned.count() > 0) {
+                has_joined.cancel();
+            }
+        }
+    });
+    joined.cancelled().await;
+    let wishes = Wishes { roles: Some(vec![Role::Http, Role::Sagas]), beside: first.beside(), ..Wishes::default() };
+    let service = TestService::with(wishes).await;
+    service.until_detail("group-not-joined", |said| said.is_some_and(|said| said.contains("KAFKA_GROUP_ID"))).await;
+    stop.cancel();
+    stranger.await.unwrap();
+    service.until_detail("group-not-joined", |said| said.is_none()).await;
+    let (_, ada) = registered(&service, "ada").await;
+    refuse_behind(&service, &mut producer(&service).await, &ada).await;
+    service.stop().await;
+    first.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reply_waits_for_the_database_and_readiness_says_so() {
+    let service = TestService::start().await;
+    let mut producer = producer(&service).await;
+    let (_, ada) = registered(&service, "ada").await;
+    service.cut_database().await;
+    producer.send(&record(&[("saga-id", &ada)], "{}")).await;
+    service.until_detail("reply-waits", |said| said.is_some_and(|said| said.contains("offset 0"))).await;
+    service.mend_database().await;
+    service.until_saga_is(&ada, "compensated").await;
+    service.until_detail("reply-waits", |said| said.is_none()).await;
+    assert_eq!(service.count("select count(*) from inbox where outcome = 'applied'").await, 1);
     service.stop().await;
 }

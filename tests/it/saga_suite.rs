@@ -64,6 +64,7 @@ impl Subject for Registration {
             subject: user.id.to_string(),
             data: create_user::data(i64::from(user.id.0), &user.username, &user.email),
             correlation_id: Uuid::new_v4().to_string(),
+            correlation_given: false,
             traceparent: None,
         })
     }

@@ -131,7 +131,7 @@ async fn each_reply_delivered_twice_changes_nothing() {
 
 /// A user-service that knows, or makes, or refuses, or is not there.
 #[derive(Clone, Copy)]
-enum Temper {
+pub enum Temper {
     Has,
     Makes,
     Refuses,
@@ -164,7 +164,7 @@ impl UserService for Temper {
     }
 }
 
-async fn user_service(temper: Temper) -> String {
+pub async fn user_service(temper: Temper) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(

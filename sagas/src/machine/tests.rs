@@ -49,6 +49,18 @@ fn a_forged_close_has_no_effect_on_a_completed_saga() {
 }
 
 #[test]
+fn a_refusal_that_may_be_older_than_the_saga_is_asked_about() {
+    let doubted = |recourse| Event::Doubted { step: 0, recourse };
+    let Decision::Move(asked) = next(Status::Running, doubted(Recourse::Ask)) else { panic!("it is asked about") };
+    assert_eq!((asked.to, asked.deadline, asked.effects), (Status::Running, Deadline::Now, vec![]));
+    for nobody in [Recourse::AssumeCompleted, Recourse::NeedsOperator] {
+        let Decision::Move(stuck) = next(Status::Running, doubted(nobody)) else { panic!("a person is asked") };
+        assert_eq!((stuck.to, stuck.effects), (Status::Stuck, vec![]));
+    }
+    assert_eq!(next(Status::Completed, doubted(Recourse::Ask)), Decision::Ignore(Ignored::Late));
+}
+
+#[test]
 fn replies_wait_while_the_other_service_is_asked() {
     assert_eq!(next(Status::Resolving, replied(Answer::Done)), Decision::Defer);
 }
@@ -154,6 +166,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         Just(undo_replied(0, Some("u"))),
         Just(Event::UndoParked { step: 0, reason: "p".into() }),
         Just(Event::Published),
+        recourse.clone().prop_map(|recourse| Event::Doubted { step: 0, recourse }),
         Just(Event::Parked { reason: "p".into() }),
         recourse.prop_map(|recourse| Event::Overdue { recourse }),
         settlement.prop_map(Event::Settled),

@@ -57,6 +57,7 @@ impl<F: Flows, S: Subject> Stage<F, S> {
             step_timeout: Duration::ZERO,
             ask_timeout: Duration::from_secs(600),
             resolve_backoff: Duration::ZERO,
+            reply_clock_tolerance: Duration::from_secs(60),
             resolve_attempts: QUESTIONS,
         };
         // The orchestrator's kinds live as long as the program; here that is one word a test.

@@ -226,11 +226,11 @@ impl World {
             step: transition.step,
             undone: self.saga.undone || to == Status::Compensated,
             refused_undos: transition.refused_undos,
-            deadline: matches!(transition.deadline, Deadline::AfterPublication | Deadline::BackOff),
+            deadline: matches!(transition.deadline, Deadline::AfterPublication | Deadline::Now | Deadline::BackOff),
             questions: match transition.deadline {
                 Deadline::BackOff => self.saga.questions + 1,
                 Deadline::AfterPublication => 0,
-                Deadline::None | Deadline::WhileAsking => self.saga.questions,
+                Deadline::None | Deadline::Now | Deadline::WhileAsking => self.saga.questions,
             },
             assumed: transition.evidence == Some(Evidence::Assumption),
             command_parked: to == Status::Stuck && self.command_is_parked(),

@@ -125,6 +125,7 @@ pub fn sagas() -> Orchestrator<Orders> {
         step_timeout: Duration::from_secs(60),
         ask_timeout: Duration::from_secs(1),
         resolve_backoff: Duration::from_secs(1),
+        reply_clock_tolerance: Duration::from_secs(60),
         resolve_attempts: 1,
     };
     Orchestrator::new(settings, ALL, Orders::new(None), Wake::default())
@@ -228,6 +229,7 @@ impl Subject for Orders {
             subject: id.to_string(),
             data: json!({ "id": id, "article": "teapot" }),
             correlation_id: Uuid::new_v4().to_string(),
+            correlation_given: false,
             traceparent: None,
         })
     }
