@@ -14,8 +14,10 @@ use std::{
 use anyhow::Context;
 use metrics_exporter_prometheus::PrometheusHandle;
 use outbox_relay::{
-    Database, KafkaSettings, PoolSettings, Relay, RelaySettings, Wake,
+    Database, KafkaSettings, PoolSettings, PublishTrouble, Relay, RelaySettings, Wake,
     supervisor::{GaveUp, RestartPolicy, Supervisor},
+    trouble::Troubles,
+    watch_kafka,
 };
 use saga_orchestrator::{ConsumerSettings, ConsumerStatus, Definition, Orchestrator, SagaSettings, flows::create_user};
 use tokio_util::task::TaskTracker;
@@ -59,8 +61,10 @@ pub struct Shared {
     pub failed_logins: FailedLogins,
     /// Sagas.
     pub sagas: Orchestrator<Participants>,
-    /// Whether their replies are read.
+    /// What keeps their replies from being read.
     pub replies: ConsumerStatus,
+    /// What keeps events from being published.
+    pub publishing: Troubles<PublishTrouble>,
     /// Wakes the relay after a commit.
     pub wake: Wake,
     /// Whether this instance can serve.
@@ -169,6 +173,7 @@ impl App {
             sagas: Orchestrator::new(settings, SAGAS, participants, wake.clone()),
             failed_logins: FailedLogins::default(),
             replies: ConsumerStatus::default(),
+            publishing: Troubles::default(),
             health: Health::default(),
             supervisor: Supervisor::new(RestartPolicy {
                 give_up_after: config.task_give_up_after,
@@ -195,12 +200,25 @@ impl App {
         Database::new(options, settings)
     }
 
+    fn kafka_settings(&self) -> KafkaSettings {
+        let kafka = &self.config.kafka;
+        KafkaSettings { brokers: kafka.brokers.clone(), client: kafka.client.clone() }
+    }
+
+    /// Every topic that events are published on.
+    fn command_topics(&self) -> Vec<String> {
+        let prefix = &self.config.kafka.topic_prefix;
+        let topics = SAGAS.iter().flat_map(|saga| saga.command_topics());
+        let topics: BTreeSet<String> = topics.map(|topic| format!("{prefix}{topic}")).collect();
+        topics.into_iter().collect()
+    }
+
     fn relay(&self) -> Relay {
         let config = &self.config;
         let host = std::env::var("HOSTNAME").unwrap_or_else(|_| "localhost".to_owned());
         let settings = RelaySettings {
             name: format!("{host}:{}", std::process::id()),
-            kafka: KafkaSettings { brokers: config.kafka.brokers.clone(), client: config.kafka.client.clone() },
+            kafka: self.kafka_settings(),
             lease: config.relay.lease,
             batch: config.relay.batch,
             workers: config.relay.workers,
@@ -271,6 +289,11 @@ pub async fn start(mut config: Config, roles: &BTreeSet<Role>, metrics: Promethe
     }
     if roles.contains(&Role::Relay) {
         running.own_relay(app.relay());
+        let (watching, stopped) = (app.clone(), stop.clone());
+        running.supervise("kafka-watch", move || {
+            let kafka = watching.kafka_settings();
+            watch_kafka(kafka, watching.command_topics(), watching.publishing.clone(), stopped.clone())
+        });
     }
     if roles.contains(&Role::Sagas) {
         let settings = ConsumerSettings {

@@ -59,6 +59,7 @@ pub mod fault_points;
 pub mod headers;
 mod holds;
 pub mod inbox;
+mod kafka_watch;
 mod lanes;
 pub mod logging;
 mod low_marks;
@@ -75,12 +76,14 @@ mod replay;
 pub mod supervisor;
 #[cfg(feature = "test-kit")]
 pub mod test_kit;
+pub mod trouble;
 pub mod verify;
 mod wake;
 mod window;
 mod worker;
 
 pub use database::{Database, PoolSettings, Work, WorkError};
+pub use kafka_watch::{PublishTrouble, watch_kafka};
 pub use lanes::FENCES;
 pub use message::{LANES, NewMessage, lane_of};
 pub use outbox::{AppendError, Appended, ParkedOfSaga, Publication, append, parked_of_sagas, publications};

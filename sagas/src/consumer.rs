@@ -100,7 +100,7 @@ impl<F: Flows> Orchestrator<F> {
         status: ConsumerStatus,
         shutdown: CancellationToken,
     ) {
-        status::describe();
+        status.describe();
         let settings = Arc::new(settings);
         let mut pause = REPLACE;
         while !shutdown.is_cancelled() {

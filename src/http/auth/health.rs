@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use axum::{
     Json,
     extract::State,
@@ -5,6 +7,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use chrono::{SecondsFormat, Utc};
+use outbox_relay::trouble::{TroubleKind, Troubles};
 use serde_json::{Value, json};
 
 use crate::{app::App, health::Readiness, http::error::ApiError};
@@ -38,16 +41,20 @@ pub async fn ready(State(app): State<App>) -> Response {
 }
 
 fn add_details(app: &App, body: &mut Value) {
-    let troubles = app.replies.troubles();
-    if !troubles.is_empty() {
-        let troubles: Vec<Value> = troubles
-            .iter()
-            .map(|(trouble, detail, since)| {
-                json!({ "trouble": trouble.as_str(), "detail": detail, "seconds": since.as_secs() })
-            })
-            .collect();
-        body["details"] = json!({ "sagas": troubles });
+    let parts = [("relay", listed(&app.publishing)), ("sagas", listed(&app.replies))];
+    let troubled: serde_json::Map<String, Value> = parts
+        .into_iter()
+        .filter(|(_, troubles)| !troubles.is_empty())
+        .map(|(part, t)| (part.to_owned(), json!(t)))
+        .collect();
+    if !troubled.is_empty() {
+        body["details"] = Value::Object(troubled);
     }
+}
+
+fn listed<K: TroubleKind>(troubles: &Troubles<K>) -> Vec<Value> {
+    let one = |(kind, detail, since): (K, String, Duration)| json!({ "trouble": kind.as_str(), "detail": detail, "seconds": since.as_secs() });
+    troubles.now().into_iter().map(one).collect()
 }
 
 fn report(app: &App, status: StatusCode) -> Value {
