@@ -14,7 +14,7 @@ use std::{
 use anyhow::Context;
 use metrics_exporter_prometheus::PrometheusHandle;
 use outbox_relay::{
-    Database, KafkaSettings, PoolSettings, PublishTrouble, Relay, RelaySettings, Wake,
+    Database, KafkaSettings, PoolSettings, PublishTrouble, Relay, RelaySettings, Wake, session,
     supervisor::{GaveUp, RestartPolicy, Supervisor},
     trouble::Troubles,
     watch_kafka,
@@ -29,7 +29,7 @@ use crate::{
     crypto::{Hasher, TokenSigner},
     db, grpc,
     health::Health,
-    housekeeping, http, migrations,
+    housekeeping, http,
     participants::Participants,
     server::{Listener, Protocol, fit_descriptors},
     shutdown::Shutdown,
@@ -190,14 +190,13 @@ impl App {
 
     /// A pool for the relay alone.
     fn relay_pool(&self) -> Database {
-        let options =
-            self.config.database.options.clone().options(outbox_relay::SESSION).options([("statement_timeout", "30s")]);
         let settings = PoolSettings {
             connections: self.config.relay.pool_size,
             acquire_timeout: self.config.database.acquire_timeout,
             work_timeout: self.config.relay.lease,
+            session: &session::RELAY,
         };
-        Database::new(options, settings)
+        Database::new(self.config.database.options.clone(), settings)
     }
 
     fn kafka_settings(&self) -> KafkaSettings {
@@ -237,7 +236,7 @@ pub async fn start(mut config: Config, roles: &BTreeSet<Role>, metrics: Promethe
         tracing::warn!("{warning}");
     }
     let app = App::build(config, metrics)?;
-    check_schema(&app).await?;
+    check_database(&app, roles).await?;
     let config = &app.config;
     let bind = async |role: Role, address, bounds, protocol| match roles.contains(&role) {
         true => Listener::bind(role.as_str(), address, bounds, config.timeouts, protocol).await.map(Some),
@@ -330,13 +329,21 @@ async fn without_fail(task: impl Future<Output = ()>) -> Result<(), Infallible> 
     Ok(())
 }
 
-/// A schema that is behind is an error of the deployment and said at once.
-async fn check_schema(app: &App) -> anyhow::Result<()> {
-    match app.db.run(|conn| Box::pin(migrations::is_current(conn))).await {
-        Ok(true) => Ok(()),
-        Ok(false) => anyhow::bail!("the database's schema is behind this program: run `auth-service migrate` first"),
+/// What no waiting would mend is an error of the deployment and said at once. What somebody can mend while this process
+/// runs keeps it from being ready, and is said too.
+async fn check_database(app: &App, roles: &BTreeSet<Role>) -> anyhow::Result<()> {
+    let config = &app.config;
+    let relay_connections = if roles.contains(&Role::Relay) { config.relay.pool_size } else { 0 };
+    match app.health.examine(&config.database.options, config.database.pool_size + relay_connections).await {
+        Ok(examination) => {
+            examination.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+            match examination.fatal.as_slice() {
+                [] => Ok(()),
+                fatal => anyhow::bail!("{}", fatal.join("; ")),
+            }
+        }
         Err(error) => {
-            let options = &app.config.database.options;
+            let options = &config.database.options;
             let place = format!("{}:{}", options.get_host(), options.get_port());
             tracing::warn!(%error, database = place, "the database can't be reached yet; not ready until it can");
             Ok(())

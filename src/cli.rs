@@ -245,10 +245,11 @@ async fn serve(config: Config, metrics: PrometheusHandle, roles: Vec<Role>) -> R
 async fn migrate() -> Result<ExitCode, Failure> {
     let database = from_environment(config::database)?;
     let place = format!("{}:{}", database.options.get_host(), database.options.get_port());
-    let applied = migrations::run(&database.options).await;
-    match applied
-        .with_context(|| format!("migrating the database at {place} (DATABASE_URL, or DB_HOST and DB_PORT)"))?
-    {
+    let migrated = migrations::run(&database.options)
+        .await
+        .with_context(|| format!("migrating the database at {place} (DATABASE_URL, or DB_HOST and DB_PORT)"))?;
+    migrated.put_back.iter().for_each(|lost| println!("put back: {lost}"));
+    match migrated.applied {
         0 => println!("the schema is up to date"),
         applied => println!("applied {applied} migration(s); the schema is up to date"),
     }

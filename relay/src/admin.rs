@@ -163,6 +163,8 @@ pub struct Figures {
     pub parked_keys: i64,
     /// Age of the oldest row that is neither out nor parked, in seconds; 0 when there is none.
     pub oldest_unsent_seconds: f64,
+    /// Disk that pending rows take, indexes and room for more included.
+    pub outbox_bytes: i64,
 }
 
 /// Reads the figures.
@@ -172,7 +174,8 @@ pub async fn figures(conn: &mut PgConnection) -> Result<Figures, sqlx::Error> {
                 (select count(*) from outbox_parked) as parked,
                 (select count(distinct key) from outbox_parked) as parked_keys,
                 coalesce((select extract(epoch from clock_timestamp() - min(created_at))::float8 from outbox), 0)
-                    as oldest_unsent_seconds",
+                    as oldest_unsent_seconds,
+                pg_total_relation_size('outbox') as outbox_bytes",
     )
     .fetch_one(conn)
     .await

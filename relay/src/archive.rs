@@ -1,8 +1,11 @@
 //! The archive's daily partitions: made ahead of time, dropped by retention. Dropping a partition
 //! costs nothing, however many rows it holds; deleting them one by one is what slows outboxes down.
+//!
+//! A day without a partition goes to the default one. Such a day gets none any more, since PostgreSQL would have to
+//! move its rows under a lock that stops every delivery; its rows are deleted in slices when they are due.
 
 use chrono::{DateTime, Days, NaiveDate, Utc};
-use sqlx::{AssertSqlSafe, PgConnection};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 const DAYS_AHEAD: u64 = 7;
 
@@ -13,11 +16,17 @@ pub struct Upkeep {
     pub made: Vec<String>,
     /// Partitions dropped, with the rows in them.
     pub dropped: Vec<String>,
+    /// What could not be done now and is tried again at the next run, a sentence each.
+    pub left: Vec<String>,
 }
 
 /// Makes the partitions of today and the next seven days, and drops those that lie wholly before
-/// `keep_from`. Safe to run on many replicas at once; run it daily at least. A day without its
-/// partition goes to the default one and costs nothing but a tidy archive.
+/// `keep_from`. Safe to run on many replicas at once; run it daily at least. A lock that isn't free
+/// within a second is left for the next run: whoever waits for one makes all deliveries wait behind it.
+///
+/// # Errors
+///
+/// The database's. A partition that can't be made or dropped is none: the others are more important.
 pub async fn keep_up(
     conn: &mut PgConnection,
     today: NaiveDate,
@@ -34,28 +43,85 @@ pub async fn keep_up(
         let Some(day) = today.checked_add_days(Days::new(ahead)) else { break };
         let Some(next) = day.succ_opt() else { break };
         let name = name_of(day);
-        if existing.contains(&name) {
+        if existing.contains(&name) || lies_in_default(conn, day, next).await? {
             continue;
         }
-        // Built from a date alone: nothing in it comes from outside.
-        let sql = format!(
-            "create table if not exists {name} partition of outbox_archive for values from ('{day}') to ('{next}')"
-        );
-        match sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *conn).await {
-            Ok(_) => upkeep.made.push(name),
-            // The default partition holds rows of that day already; they stay there.
-            Err(error) => tracing::warn!(partition = name, %error, "archive partition not made"),
+        // Built from a date alone: nothing in it comes from outside. Attached rather than made in place, which would
+        // lock the archive as a whole.
+        let made = [
+            format!("create table {name} (like outbox_archive including defaults including constraints)"),
+            format!("alter table outbox_archive attach partition {name} for values from ('{day}') to ('{next}')"),
+        ];
+        match briefly(conn, &made).await? {
+            None => upkeep.made.push(name),
+            Some(why) => upkeep.left.push(format!("{name} was not made: {why}")),
         }
     }
     let Some(keep_from) = keep_from else { return Ok(upkeep) };
     for name in existing {
         let Some(day) = day_of(&name) else { continue };
         if day.succ_opt().is_some_and(|next| next <= keep_from.date_naive()) {
-            sqlx::raw_sql(AssertSqlSafe(format!("drop table if exists {name}"))).execute(&mut *conn).await?;
-            upkeep.dropped.push(name);
+            match briefly(conn, &[format!("drop table if exists {name}")]).await? {
+                None => upkeep.dropped.push(name),
+                Some(why) => upkeep.left.push(format!("{name} was not dropped: {why}")),
+            }
         }
     }
     Ok(upkeep)
+}
+
+/// Deletes at most `most` rows published before `keep_from` that lie in the default partition. Answers how many.
+///
+/// # Errors
+///
+/// The database's.
+pub async fn purge_default(conn: &mut PgConnection, keep_from: DateTime<Utc>, most: i64) -> Result<u64, sqlx::Error> {
+    let purged = sqlx::query(
+        "delete from outbox_archive_default where ctid = any(array(
+             select ctid from outbox_archive_default where published_at < $1 order by published_at limit $2))",
+    )
+    .bind(keep_from)
+    .bind(most)
+    .execute(conn)
+    .await?;
+    Ok(purged.rows_affected())
+}
+
+/// Whether rows of that day came before it had a partition.
+async fn lies_in_default(conn: &mut PgConnection, day: NaiveDate, next: NaiveDate) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(
+        "select exists (select from outbox_archive_default where published_at >= $1::timestamptz and published_at < $2)",
+    )
+    .bind(midnight(day))
+    .bind(midnight(next))
+    .fetch_one(conn)
+    .await
+}
+
+/// Sessions are in UTC, and with them the bounds of partitions.
+fn midnight(day: NaiveDate) -> DateTime<Utc> {
+    day.and_time(chrono::NaiveTime::MIN).and_utc()
+}
+
+/// One transaction that waits for no lock longer than a second. `None` when it is done, else why it isn't.
+async fn briefly(conn: &mut PgConnection, statements: &[String]) -> Result<Option<String>, sqlx::Error> {
+    let mut tx = conn.begin().await?;
+    sqlx::raw_sql("set local lock_timeout = '1s'").execute(&mut *tx).await?;
+    for statement in statements {
+        match sqlx::raw_sql(AssertSqlSafe(statement.clone())).execute(&mut *tx).await {
+            Ok(_) => {}
+            // Not free, there already (another replica), not allowed: the connection is sound.
+            Err(sqlx::Error::Database(error))
+                if error.code().is_some_and(|code| code == "55P03" || code.starts_with("42")) =>
+            {
+                tx.rollback().await?;
+                return Ok(Some(error.message().to_owned()));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    tx.commit().await?;
+    Ok(None)
 }
 
 fn name_of(day: NaiveDate) -> String {

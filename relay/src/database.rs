@@ -16,15 +16,17 @@
 //!
 //! A pool can't be had around this: `.clippy.toml` forbids the driver's ways to make one and to take from one.
 
-use std::{io, pin::Pin, time::Duration};
+use std::{io, pin::Pin, sync::Arc, time::Duration};
 
 use sqlx::{
-    PgConnection, Postgres,
-    pool::PoolConnection,
+    AssertSqlSafe, PgConnection, Postgres,
+    pool::{PoolConnection, PoolConnectionMetadata},
     postgres::{PgConnectOptions, PgListener, PgPool, PgPoolOptions},
 };
 use tokio::time::{error::Elapsed, timeout};
 use tracing::Instrument;
+
+use crate::session::{self, Setting};
 
 /// A connection to a server that takes no writes is tried anew, but no more often than this: reads go on meanwhile.
 const READ_ONLY_REST: Duration = Duration::from_secs(1);
@@ -54,12 +56,16 @@ pub struct PoolSettings {
     /// Longest time for one piece of work. The server has limits of its own; this one is for a connection that has
     /// fallen silent.
     pub work_timeout: Duration,
+    /// What its sessions set beside what every session sets.
+    pub session: &'static [Setting],
 }
 
 /// A pool of connections. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Database {
     pool: PgPool,
+    /// What a session begins with.
+    configuration: Arc<str>,
     work_timeout: Duration,
 }
 
@@ -69,9 +75,11 @@ impl Database {
     pub fn new(options: PgConnectOptions, settings: PoolSettings) -> Self {
         // Leaves time to connect anew.
         let probe_timeout = settings.acquire_timeout * 2 / 3;
+        let configuration: Arc<str> = session::statement(settings.session).into();
         let pool = PgPoolOptions::new()
             .max_connections(settings.connections)
             .acquire_timeout(settings.acquire_timeout)
+            .after_connect(configuring(configuration.clone()))
             .test_before_acquire(false)
             .before_acquire(move |conn, about| {
                 Box::pin(async move {
@@ -87,7 +95,7 @@ impl Database {
                 })
             })
             .connect_lazy_with(options);
-        Self { pool, work_timeout: settings.work_timeout }
+        Self { pool, configuration, work_timeout: settings.work_timeout }
     }
 
     /// Works on a connection, in a task of its own: the work goes on when the caller stops waiting for it.
@@ -169,6 +177,7 @@ impl Database {
     pub(crate) async fn listener(&self) -> Result<PgListener, sqlx::Error> {
         let options = self.pool.connect_options().as_ref().clone();
         let pool = PgPoolOptions::new().max_connections(1).max_lifetime(None).idle_timeout(None);
+        let pool = pool.after_connect(configuring(self.configuration.clone()));
         PgListener::connect_with(&pool.connect_lazy_with(options)).await
     }
 
@@ -241,6 +250,20 @@ fn is_sound_code(code: &str) -> bool {
         "42P05", // the session has a prepared statement that the driver doesn't know
     ];
     code == "57014" || CLASSES.iter().any(|class| code.starts_with(class)) && !UNSOUND.contains(&code)
+}
+
+/// Does to a new connection what every one of a pool has to go through.
+fn configuring(
+    statement: Arc<str>,
+) -> impl for<'c> Fn(&'c mut PgConnection, PoolConnectionMetadata) -> Work<'c, (), sqlx::Error> + Send + Sync + 'static
+{
+    move |conn, _| {
+        let statement = statement.clone();
+        Box::pin(async move {
+            sqlx::raw_sql(AssertSqlSafe(&*statement)).execute(conn).await?;
+            Ok(())
+        })
+    }
 }
 
 /// What the server says of a session.

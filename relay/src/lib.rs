@@ -45,6 +45,7 @@
 //! - [`inbox`], [`headers`]: the receiving side.
 //! - [`supervisor`]: long-running tasks that are started again when they fail.
 //! - [`logging`]: log lines that stay few and short, whatever happens outside.
+//! - [`session`]: the settings of database sessions, for the relay and for those who write.
 //! - `model`, in tests alone: two relays, a database, a broker and a network in every order of events.
 //! - [`fault_points`]: where the fault suite strikes.
 //! - `test_kit` (with the feature `test-kit`): a relay without a broker.
@@ -73,6 +74,7 @@ mod publisher;
 mod relay;
 mod renewal;
 mod replay;
+pub mod session;
 pub mod supervisor;
 #[cfg(feature = "test-kit")]
 pub mod test_kit;
@@ -86,8 +88,10 @@ pub use database::{Database, PoolSettings, Work, WorkError};
 pub use kafka_watch::{PublishTrouble, watch_kafka};
 pub use lanes::FENCES;
 pub use message::{LANES, NewMessage, lane_of};
-pub use outbox::{AppendError, Appended, ParkedOfSaga, Publication, append, parked_of_sagas, publications};
+pub use outbox::{
+    AppendError, Appended, ParkedOfSaga, Publication, append, parked_of_sagas, publications, unpublished_keys,
+};
 pub use publisher::{KafkaSettings, PublisherError};
-pub use relay::{Relay, RelaySettings, SESSION};
+pub use relay::{Relay, RelaySettings};
 pub use replay::{ReplayError, Replayed, replay};
 pub use wake::Wake;

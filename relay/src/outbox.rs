@@ -1,6 +1,6 @@
 //! Appending to the outbox inside the caller's transaction, and asking later what became of it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, types::Json};
@@ -95,6 +95,18 @@ pub async fn parked_of_sagas(conn: &mut PgConnection, after: i64, most: i64) -> 
     .bind(most)
     .fetch_all(conn)
     .await
+}
+
+/// Those of these keys that have rows which are neither published nor given up.
+pub async fn unpublished_keys(conn: &mut PgConnection, keys: &[&str]) -> Result<HashSet<String>, sqlx::Error> {
+    let found: Vec<String> = sqlx::query_scalar(
+        "select key from unnest($1::text[]) k (key)
+          where exists (select from outbox o where o.key = k.key) or exists (select from outbox_parked p where p.key = k.key)",
+    )
+    .bind(keys)
+    .fetch_all(conn)
+    .await?;
+    Ok(found.into_iter().collect())
 }
 
 /// What became of these rows, given with their keys. A row that is in none of the outbox's tables (its

@@ -23,18 +23,6 @@ use crate::{
     worker::Worker,
 };
 
-/// Settings of the database sessions in a relay's pool. Its statements are planned anew each time, because
-/// arrays of ids are known only then, and never by a sequential scan: statistics taken while the outbox was
-/// empty would recommend one. Where there is no other way, that makes a plan look so dear that PostgreSQL
-/// would compile it, for longer than any of them runs. Its transactions wait for nothing but the database:
-/// one that stands open belongs to a process that is frozen, and keeps others from the rows it has locked.
-pub const SESSION: [(&str, &str); 4] = [
-    ("plan_cache_mode", "force_custom_plan"),
-    ("enable_seqscan", "off"),
-    ("jit", "off"),
-    ("idle_in_transaction_session_timeout", "5s"),
-];
-
 /// How a relay runs.
 #[derive(Debug, Clone)]
 pub struct RelaySettings {
@@ -92,7 +80,7 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// `db` is the relay's own, with the settings of [`SESSION`]: a storm of logins must not starve it, nor
+    /// `db` is the relay's own, with the settings of [`session::RELAY`](crate::session::RELAY): a storm of logins must not starve it, nor
     /// it them. It lends one connection per worker and one for the lease at the most; listening takes another
     /// one beside it.
     pub fn new(db: Database, mut settings: RelaySettings, wake: Wake) -> Self {

@@ -30,6 +30,7 @@
 //! - [`orchestrator`]: start a saga, carry decisions out; `journal`: how events read in the log.
 //! - [`reply`]: read a reply, pure; `replies`: take one in; `consumer`: from Kafka.
 //! - [`deadlines`]: what is done about silence.
+//! - [`retention`]: forgetting what is closed.
 //! - [`admin`]: what operators see.
 //! - `suite` (with the feature `suite`): what every flow has to pass, for the tests of whoever writes one.
 //!
@@ -45,6 +46,7 @@ pub mod machine;
 pub mod orchestrator;
 mod replies;
 pub mod reply;
+pub mod retention;
 pub mod state;
 pub mod store;
 #[cfg(feature = "suite")]

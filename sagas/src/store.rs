@@ -292,6 +292,46 @@ pub(crate) async fn overdue_now(conn: &mut PgConnection, saga_id: Uuid) -> Resul
     .await
 }
 
+/// A closed saga that is old enough to be forgotten.
+#[derive(Debug, sqlx::FromRow)]
+pub(crate) struct Closed {
+    pub saga_id: Uuid,
+    pub subject: String,
+    pub created_at: DateTime<Utc>,
+}
+
+/// Sagas that were closed longer than `keep` ago, oldest first, locked; without those that somebody has locked.
+pub(crate) async fn closed_before(
+    conn: &mut PgConnection,
+    keep: Duration,
+    after: Option<(DateTime<Utc>, Uuid)>,
+    most: i64,
+) -> Result<Vec<Closed>, sqlx::Error> {
+    let (after_at, after_id) = after.unzip();
+    sqlx::query_as(
+        "select saga_id, subject, created_at from saga_state
+          where status in ('completed', 'compensated')
+            and finished_at < clock_timestamp() - make_interval(secs => $1)
+            -- It began before it ended: this bounds the walk along the index.
+            and created_at < clock_timestamp() - make_interval(secs => $1)
+            and ($2::timestamptz is null or (created_at, saga_id) > ($2, $3))
+          order by created_at, saga_id limit $4 for update skip locked",
+    )
+    .bind(keep.as_secs_f64())
+    .bind(after_at)
+    .bind(after_id)
+    .bind(most)
+    .fetch_all(conn)
+    .await
+}
+
+/// Forgets these sagas and what happened to them.
+pub(crate) async fn forget(conn: &mut PgConnection, saga_ids: &[Uuid]) -> Result<(), sqlx::Error> {
+    sqlx::query("delete from saga_log where saga_id = any($1)").bind(saga_ids).execute(&mut *conn).await?;
+    sqlx::query("delete from saga_state where saga_id = any($1)").bind(saga_ids).execute(conn).await?;
+    Ok(())
+}
+
 /// Lets an hour pass for this saga alone, so that tests need not wait for its clocks.
 #[cfg(feature = "suite")]
 pub(crate) async fn age(conn: &mut PgConnection, saga_id: Uuid) -> Result<(), sqlx::Error> {

@@ -55,6 +55,8 @@ pub async fn show(
         match &*last {
             Some((at, text)) if at.elapsed() < FRESH => text.clone(),
             _ => {
+                // Where nobody probes, the look behind auth_database_problems is this one.
+                app.health.check(&app).await;
                 let text = rendered(&look(&app).await);
                 *last = Some((Instant::now(), text.clone()));
                 text
@@ -115,6 +117,8 @@ impl Known {
         says!("auth_outbox_parked", "Events set aside until an operator replays them");
         says!("auth_outbox_parked_keys", "Users whose events are set aside");
         says!("auth_outbox_oldest_unsent_seconds", "Age of the oldest event that is neither out nor parked");
+        says!("auth_outbox_bytes", "Disk that pending events take, indexes and room for more included");
+        gauge!("auth_outbox_bytes").set(self.outbox.outbox_bytes as f64);
         gauge!("auth_outbox_pending").set(self.outbox.pending as f64);
         gauge!("auth_outbox_parked").set(self.outbox.parked as f64);
         gauge!("auth_outbox_parked_keys").set(self.outbox.parked_keys as f64);
@@ -181,7 +185,7 @@ mod tests {
 
     #[test]
     fn every_figure_an_alert_hangs_on_is_there_from_the_start() {
-        let outbox = Figures { pending: 3, parked: 2, parked_keys: 1, oldest_unsent_seconds: 1.5 };
+        let outbox = Figures { pending: 3, parked: 2, parked_keys: 1, oldest_unsent_seconds: 1.5, outbox_bytes: 8192 };
         let stuck = SagaCount {
             name: "create_user".to_owned(),
             status: "stuck".to_owned(),
@@ -192,6 +196,7 @@ mod tests {
         for line in [
             "auth_database_up 1\n",
             "auth_outbox_pending 3\n",
+            "auth_outbox_bytes 8192\n",
             "auth_outbox_parked 2\n",
             "auth_outbox_oldest_unsent_seconds 1.5\n",
             "auth_sagas{name=\"create_user\",status=\"stuck\"} 4\n",

@@ -23,17 +23,8 @@ impl DatabaseConfig {
         let seconds = Duration::from_secs;
         let pool_size = vars.number("DB_POOL_SIZE", 10, 1..=1000);
         let acquire_timeout = vars.duration("DB_ACQUIRE_TIMEOUT", seconds(3), Duration::from_millis(100)..=seconds(60));
-        let options = options(vars)?.application_name("auth-service").options([
-            // A request that has waited this long has nobody waiting for it any more.
-            ("statement_timeout", "15s"),
-            ("lock_timeout", "5s"),
-            ("idle_in_transaction_session_timeout", "30s"),
-            // The server notices a client that is gone before its locks become a problem.
-            ("tcp_keepalives_idle", "15"),
-            ("tcp_keepalives_interval", "5"),
-            ("tcp_keepalives_count", "3"),
-            ("tcp_user_timeout", "30s"),
-        ]);
+        // No startup parameter that PgBouncer would refuse. What a session needs it sets itself (outbox_relay::session).
+        let options = options(vars)?.application_name("auth-service").extra_float_digits(None);
         Some(Self { options, pool_size, acquire_timeout })
     }
 }

@@ -22,6 +22,9 @@ impl RetentionConfig {
         let archive = vars.duration("ARCHIVE_RETENTION", 30 * DAY, HOUR..=LONGEST);
         let inbox = vars.duration("INBOX_RETENTION", 30 * DAY, HOUR..=LONGEST);
         let sagas = vars.duration("SAGA_RETENTION", Duration::ZERO, Duration::ZERO..=LONGEST);
+        if !sagas.is_zero() && sagas < HOUR {
+            vars.reject("SAGA_RETENTION", "is less than an hour", "Give 1h or more, or 0 to keep them");
+        }
         Self { archive, inbox, sagas: (!sagas.is_zero()).then_some(sagas) }
     }
 }

@@ -23,6 +23,7 @@ pub fn pool(config: &DatabaseConfig) -> Database {
         connections: config.pool_size,
         acquire_timeout: config.acquire_timeout,
         work_timeout: WORK_TIMEOUT,
+        session: &[],
     };
     Database::new(config.options.clone(), settings)
 }
@@ -74,10 +75,11 @@ fn is_away_code(code: &str) -> bool {
         "53", // out of connections, memory, disk
         "57", // shutting down, starting up, statement cancelled
     ];
-    const CODES: [&str; 5] = [
+    const CODES: [&str; 6] = [
         "25006", // read-only: the server was demoted, or is not promoted yet
         "25P03", // idle in transaction for too long
         "42P01", // no such table: not migrated yet
+        "54000", // no transaction ids left: the server takes no writes
         "55000", // the database takes no connections
         "55P03", // lock not available
     ];
@@ -117,7 +119,7 @@ mod tests {
 
     #[test]
     fn codes_of_a_server_that_cannot_serve_are_told_from_refusals() {
-        for code in ["57P01", "57P03", "53300", "08006", "40001", "25006", "42P01", "3D000"] {
+        for code in ["57P01", "57P03", "53300", "08006", "40001", "25006", "42P01", "3D000", "54000"] {
             assert!(is_away_code(code), "{code}");
         }
         for code in ["23505", "22021", "42703", "25P02"] {

@@ -32,8 +32,12 @@ mod profiles;
 mod tests;
 
 /// Enough for one consumer and a few calls at once.
-const POOL: PoolSettings =
-    PoolSettings { connections: 5, acquire_timeout: Duration::from_secs(30), work_timeout: Duration::from_secs(30) };
+const POOL: PoolSettings = PoolSettings {
+    connections: 5,
+    acquire_timeout: Duration::from_secs(30),
+    work_timeout: Duration::from_secs(30),
+    session: &[],
+};
 
 /// A running reference user-service.
 #[derive(Debug)]

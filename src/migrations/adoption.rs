@@ -8,15 +8,27 @@ use sqlx::{Connection, Executor, PgConnection};
 use super::SchemaError;
 use crate::domain::Identifier;
 
+/// The tables' ids must be what this program takes them for.
+pub(super) async fn unfit_ids(conn: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select format('%s.%s is %s, and has to be integer', t.name, a.attname, format_type(a.atttypid, a.atttypmod))
+           from (values ('auth_users', 'id'), ('refresh_tokens', 'id'), ('refresh_tokens', 'user_id')) t (name, id)
+           join pg_attribute a on a.attrelid = to_regclass(t.name) and a.attname = t.id
+          where not a.attisdropped and a.atttypid <> 'integer'::regtype",
+    )
+    .fetch_all(conn)
+    .await
+}
+
 /// Fills `username_canonical` and `email_canonical` of a table that has not got them yet, all or
 /// nothing: where two accounts would share one, both are told and the table stays as it was.
 pub(super) async fn name_accounts(conn: &mut PgConnection) -> Result<(), SchemaError> {
     // A start that died half way has left the columns, but not yet made them mandatory.
     let to_adopt: bool = sqlx::query_scalar(
         "select to_regclass('auth_users') is not null
-            and not exists (select from information_schema.columns
-                             where table_schema = current_schema() and table_name = 'auth_users'
-                               and column_name = 'email_canonical' and is_nullable = 'NO')",
+            and (select count(*) from pg_attribute
+                  where attrelid = to_regclass('auth_users') and attnotnull and not attisdropped
+                    and attname in ('username_canonical', 'email_canonical')) < 2",
     )
     .fetch_one(&mut *conn)
     .await?;

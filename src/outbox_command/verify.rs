@@ -11,7 +11,7 @@ use std::{
 use anyhow::Context;
 use clap::Args;
 use outbox_relay::{
-    KafkaSettings,
+    KafkaSettings, session,
     verify::{self, Progress, Report, Verdict, Window},
 };
 use serde::Serialize;
@@ -90,9 +90,14 @@ pub async fn run(args: VerifyArgs) -> Result<ExitCode, Failure> {
 
 /// A session that can write nothing, and may take the time that sorting a long window takes.
 async fn connect(places: &OutboxPlaces) -> anyhow::Result<PgConnection> {
+    const READ_ONLY: [session::Setting; 2] = [("statement_timeout", "0"), ("default_transaction_read_only", "on")];
     let options = places.database.options.clone().application_name("auth-service outbox verify");
-    let options = options.options([("statement_timeout", "0"), ("default_transaction_read_only", "on")]);
-    options.connect().await.with_context(|| {
+    let connected = async {
+        let mut conn = options.connect().await?;
+        session::configure(&mut conn, &READ_ONLY).await?;
+        Ok::<_, sqlx::Error>(conn)
+    };
+    connected.await.with_context(|| {
         let (host, port) = (options.get_host(), options.get_port());
         format!("the database at {host}:{port} (DATABASE_URL, or DB_HOST and DB_PORT)")
     })

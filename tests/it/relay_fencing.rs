@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outbox_relay::{FENCES, SESSION};
+use outbox_relay::{FENCES, session};
 use sqlx::{Connection, PgConnection};
 
 use crate::support::{
@@ -126,7 +126,7 @@ async fn a_relay_frozen_while_it_takes_lanes_does_not_stop_the_others() {
 async fn a_session_frozen_in_a_transaction_is_ended_and_its_locks_with_it() {
     let outbox = Outbox::new().await;
     let mut frozen =
-        PgConnection::connect_with(&(*outbox.pool.connect_options()).clone().options(SESSION)).await.unwrap();
+        PgConnection::connect_with(&(*outbox.pool.connect_options()).clone().options(session::RELAY)).await.unwrap();
     sqlx::raw_sql("begin; select from outbox_control for update").execute(&mut frozen).await.unwrap();
     // Waits for the lock, which is never given back.
     let waiting = sqlx::query("update outbox_control set paused_by = null").execute(&outbox.pool);

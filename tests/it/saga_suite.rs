@@ -40,6 +40,7 @@ fn database(pool: &PgPool) -> Database {
         connections: 5,
         acquire_timeout: Duration::from_secs(30),
         work_timeout: Duration::from_secs(30),
+        session: &[],
     };
     Database::new(pool.connect_options().as_ref().clone(), settings)
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use outbox_relay::{
-    Database, KafkaSettings, PoolSettings, PublisherError, Relay, RelaySettings, SESSION, Wake, admin, archive, lane_of,
+    Database, KafkaSettings, PoolSettings, PublisherError, Relay, RelaySettings, Wake, admin, archive, lane_of, session,
 };
 use sqlx::{
     AssertSqlSafe, Connection, Executor, PgConnection, PgPool,
@@ -35,7 +35,7 @@ impl Outbox {
         let database = format!("relay_bench_{}", std::process::id());
         let mut conn = PgConnection::connect_with(&server).await?;
         conn.execute(AssertSqlSafe(format!("create database {database}"))).await?;
-        let options = server.clone().database(&database).options(SESSION);
+        let options = server.clone().database(&database).options(session::RELAY);
         let pool = PgPoolOptions::new().max_connections(16).connect_with(options).await?;
         sqlx::migrate!("../migrations").run(&pool).await?;
         archive::keep_up(&mut *pool.acquire().await?, chrono::Utc::now().date_naive(), None).await?;
@@ -75,6 +75,7 @@ impl Outbox {
             connections: 16,
             acquire_timeout: Duration::from_secs(30),
             work_timeout: Duration::from_secs(30),
+            session: &session::RELAY,
         };
         let relay = Relay::new(Database::new(self.pool.connect_options().as_ref().clone(), pool), settings, wake);
         let task = tokio::spawn(relay.run(stop.clone()));

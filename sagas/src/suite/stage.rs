@@ -24,8 +24,12 @@ pub(super) const PARTICIPANT: &str = "suite";
 pub(super) const QUESTIONS: u32 = 2;
 
 /// Two orchestrators at once, and the askers that have died.
-const ORCHESTRATORS: PoolSettings =
-    PoolSettings { connections: 10, acquire_timeout: Duration::from_secs(30), work_timeout: Duration::from_secs(60) };
+const ORCHESTRATORS: PoolSettings = PoolSettings {
+    connections: 10,
+    acquire_timeout: Duration::from_secs(30),
+    work_timeout: Duration::from_secs(60),
+    session: &[],
+};
 
 /// See the module's words.
 pub(super) struct Stage<F, S> {

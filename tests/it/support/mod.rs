@@ -7,6 +7,7 @@ pub mod original;
 pub mod outage;
 pub mod outbox;
 pub mod parts;
+pub mod pgbouncer;
 pub mod process;
 pub mod raw_kafka;
 pub mod service;

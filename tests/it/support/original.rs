@@ -80,7 +80,8 @@ impl Original {
     }
 
     pub async fn migrate(&self) -> Result<usize, String> {
-        migrations::run(&PARTS.connect_options(&self.database)).await.map_err(|error| error.to_string())
+        let migrated = migrations::run(&PARTS.connect_options(&self.database)).await;
+        migrated.map(|migrated| migrated.applied).map_err(|error| error.to_string())
     }
 
     pub async fn adopted(&self) -> TestService {

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use outbox_relay::{
-    Database, KafkaSettings, NewMessage, PoolSettings, Relay, RelaySettings, SESSION, Wake, append, lane_of,
+    Database, KafkaSettings, NewMessage, PoolSettings, Relay, RelaySettings, Wake, append, lane_of, session,
 };
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::task::JoinHandle;
@@ -73,11 +73,12 @@ impl Outbox {
 
     /// A relay whose settings are changed.
     pub fn relay_with(&self, name: &str, change: impl FnOnce(&mut RelaySettings)) -> RunningRelay {
-        let options = (*self.pool.connect_options()).clone().options(SESSION);
+        let options = (*self.pool.connect_options()).clone();
         let pool = PoolSettings {
             connections: 12,
             acquire_timeout: Duration::from_secs(30),
             work_timeout: Duration::from_secs(30),
+            session: &session::RELAY,
         };
         let mut settings = RelaySettings {
             name: name.to_owned(),
