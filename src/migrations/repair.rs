@@ -5,6 +5,8 @@
 //! bring it back might bring back one that was ended. Every step stands or falls alone, so that one that the rows
 //! contradict (a duplicate, say) keeps no other from being done.
 
+use std::collections::HashMap;
+
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use super::{
@@ -12,6 +14,9 @@ use super::{
     inspection::{Inspection, highest_sql, inspect},
     schema::{Fact, Kind},
 };
+
+/// A table, then what belongs to it, then a last look.
+const ROUNDS: usize = 3;
 
 const OF_USERS: [&str; 2] = ["status", "create_saga_id"];
 const OF_SESSIONS: [&str; 12] = [
@@ -52,16 +57,23 @@ pub async fn repair(conn: &mut PgConnection) -> Result<Repaired, sqlx::Error> {
     if let Some(why) = refill(conn, &found).await? {
         repaired.left.push(why);
     }
-    // Anew: what was refilled is there now, and lacks its constraints.
-    let before = found.differences;
-    let found = inspect(conn).await?;
-    let refilled = before.into_iter().filter(|difference| !found.differences.contains(difference));
-    repaired.put_back.extend(refilled.map(|difference| difference.what));
-    for difference in found.differences {
-        match mend(conn, &difference).await? {
-            None => repaired.put_back.push(difference.what),
-            Some(why) => repaired.left.push(format!("{}: {why}", difference.what)),
+    // Again, since what has come back may lack its constraints and indexes.
+    let mut lost = found.differences;
+    let mut reasons = HashMap::new();
+    for _ in 0..ROUNDS {
+        let still = inspect(conn).await?.differences;
+        let back = lost.into_iter().filter(|difference| !still.contains(difference));
+        repaired.put_back.extend(back.map(|difference| difference.what));
+        lost = still;
+        for difference in &lost {
+            if let Some(why) = mend(conn, difference).await? {
+                reasons.insert(difference.what.clone(), why);
+            }
         }
+    }
+    for Difference { what, .. } in inspect(conn).await?.differences {
+        let why = reasons.remove(&what).unwrap_or_else(|| "it did not stay".to_owned());
+        repaired.left.push(format!("{what}: {why}"));
     }
     // Last: a column may have got its sequence a moment ago.
     for spent in inspect(conn).await?.spent {

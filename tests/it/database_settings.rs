@@ -34,7 +34,7 @@ async fn defaults_of_a_database_made_for_other_programs_change_nothing() {
         "statement_timeout = '1min'",
         "lock_timeout = '1min'",
         "idle_in_transaction_session_timeout = 0",
-        "idle_session_timeout = '400ms'",
+        "idle_session_timeout = '1min'",
         "standard_conforming_strings = off",
         "IntervalStyle = 'sql_standard'",
         "DateStyle = 'German, DMY'",
