@@ -156,11 +156,9 @@ async fn purge_inbox(app: &App) -> Result<u64, sqlx::Error> {
 
 async fn purge_sagas(app: &App) -> Result<u64, sqlx::Error> {
     let Some(keep) = app.config.retention.sagas else { return Ok(0) };
-    let keep_messages = app.config.retention.inbox;
     let (since, mut done, mut after) = (Instant::now(), 0, None);
     while may_go_on(app, since) {
-        let purged =
-            app.db.run(move |conn| Box::pin(retention::purge_closed(conn, keep, keep_messages, after, SLICE))).await?;
+        let purged = app.db.run(move |conn| Box::pin(retention::purge_closed(conn, keep, after, SLICE))).await?;
         done += purged.sagas;
         after = purged.next;
         if after.is_none() {

@@ -455,17 +455,3 @@ mod tests {
         assert_ne!(one, bytes(&[("saga-id", Some(b"1"))]).digest("u"));
     }
 }
-
-/// Forgets what these sagas' messages said, as far as they are older than `keep`. A message that took effect was kept
-/// without its bytes; [`purge`] forgets that it came.
-pub async fn forget(conn: &mut PgConnection, saga_ids: &[Uuid], keep: std::time::Duration) -> Result<u64, sqlx::Error> {
-    let forgotten = sqlx::query(
-        "delete from inbox where saga_id = any($1) and outcome not in ('applied', 'duplicate')
-            and received_at < clock_timestamp() - make_interval(secs => $2)",
-    )
-    .bind(saga_ids)
-    .bind(keep.as_secs_f64())
-    .execute(conn)
-    .await?;
-    Ok(forgotten.rows_affected())
-}

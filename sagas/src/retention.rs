@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use outbox_relay::{inbox, unpublished_keys};
+use outbox_relay::unpublished_keys;
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
@@ -22,8 +22,8 @@ pub struct Purged {
     pub next: Option<PurgeCursor>,
 }
 
-/// Forgets sagas that were completed or compensated longer than `keep` ago, at most `most` of them, with their log and
-/// with those of their messages in the inbox that are older than `keep_messages` too. Begins after `after`.
+/// Forgets sagas that were completed or compensated longer than `keep` ago, at most `most` of them, with their log.
+/// Begins after `after`. Their replies in the inbox have a retention of their own.
 ///
 /// Stuck and open ones stay, and so does a saga whose subject still has messages to be published: they may be its own.
 ///
@@ -33,7 +33,6 @@ pub struct Purged {
 pub async fn purge_closed(
     conn: &mut PgConnection,
     keep: Duration,
-    keep_messages: Duration,
     after: Option<PurgeCursor>,
     most: i64,
 ) -> Result<Purged, sqlx::Error> {
@@ -43,7 +42,6 @@ pub async fn purge_closed(
     let subjects: Vec<&str> = due.iter().map(|saga| saga.subject.as_str()).collect();
     let waiting = unpublished_keys(&mut tx, &subjects).await?;
     let ids: Vec<Uuid> = due.iter().filter(|saga| !waiting.contains(&saga.subject)).map(|saga| saga.saga_id).collect();
-    inbox::forget(&mut tx, &ids, keep.max(keep_messages)).await?;
     store::forget(&mut tx, &ids).await?;
     tx.commit().await?;
     Ok(Purged { sagas: ids.len() as u64, next })

@@ -100,6 +100,7 @@ fn missing(fact: &Fact) -> Difference {
         Kind::Column => format!("the column {table}.{name} is missing"),
         Kind::Constraint => format!("the constraint {name} of {table} is missing: {definition}"),
         Kind::Index => format!("the index {name} of {table} is missing"),
+        Kind::Function => format!("the function {name} of {table}'s trigger is missing"),
         Kind::Trigger => format!("the trigger {name} of {table} is missing"),
         Kind::Row => format!("the row {definition} = {name} of {table} is missing"),
     };
@@ -108,10 +109,10 @@ fn missing(fact: &Fact) -> Difference {
         Kind::Table if definition.starts_with("partition of ") => {
             Mend::Always(vec![format!("create table {table} {definition}")])
         }
-        Kind::Table | Kind::Trigger => Mend::Never,
+        Kind::Table => Mend::Never,
         Kind::Column => Mend::WhereEmpty(vec![format!("alter table {table} add column {name} {definition}")]),
         Kind::Constraint => Mend::Always(vec![add_constraint(fact)]),
-        Kind::Index => Mend::Always(vec![definition.clone()]),
+        Kind::Index | Kind::Function | Kind::Trigger => Mend::Always(vec![definition.clone()]),
         Kind::Row => {
             Mend::Always(vec![format!("insert into {table} ({definition}) values ('{name}') on conflict do nothing")])
         }
@@ -132,14 +133,17 @@ fn other(fact: &Fact, live: &Fact) -> Difference {
             format!("the constraint {name} of {table} is {}, and has to be {definition}", live.definition)
         }
         Kind::Index => format!("the index {name} is {}, and has to be {definition}", live.definition),
-        Kind::Trigger => format!("the trigger {name} of {table} isn't the one that was made, or is disabled"),
+        Kind::Function => format!("the function {name} of {table}'s trigger isn't the one that was made"),
+        Kind::Trigger => format!("the trigger {name} of {table} is {}, and has to be {definition}", live.definition),
         Kind::Row => format!("the row {name} of {table} differs"),
     };
     let mend = match kind {
         Kind::Table if live.definition.trim() == format!("{definition} unlogged").trim() => {
             Mend::Always(vec![format!("alter table {table} set logged")])
         }
-        Kind::Table | Kind::Trigger | Kind::Row => Mend::Never,
+        Kind::Table | Kind::Row => Mend::Never,
+        Kind::Function => Mend::Always(vec![definition.clone()]),
+        Kind::Trigger => Mend::Always(vec![format!("drop trigger {name} on {table}"), definition.clone()]),
         Kind::Column => column(fact, live),
         Kind::Constraint if live.definition.contains(NOT_IN_FORCE) => {
             // They are triggers of the system: only a superuser may switch them on again.

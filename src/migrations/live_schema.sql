@@ -54,13 +54,21 @@ with ours as (
      where not exists (select from pg_constraint c where c.conindid = x.oid and c.contype in ('p', 'u', 'x'))
        and not exists (select from pg_inherits h where h.inhrelid = x.oid)
     union all
-    select o.place, 5, row_number() over (order by g.tgname), 'trigger', o.name, quote_ident(g.tgname),
-           replace(replace(pg_get_triggerdef(g.oid), ' ON ' || quote_ident(o.nspname) || '.', ' ON '),
-                   ' EXECUTE FUNCTION ' || quote_ident(o.nspname) || '.', ' EXECUTE FUNCTION ')
-           || ' /* MD5 of the function: ' || md5(p.prosrc) || ' */'
-           || case when g.tgenabled in ('O', 'A') then '' else ' /* disabled */' end
+    -- Where its settings came from is the migration's business: their values differ from place to place.
+    select distinct o.place, 5, p.oid::bigint, 'function', o.name, quote_ident(p.proname),
+           'CREATE OR REPLACE FUNCTION ' || quote_ident(p.proname) || '() RETURNS trigger LANGUAGE ' || l.lanname
+           || case when p.proconfig is null then '' else ' SET search_path FROM CURRENT' end
+           || E' AS $body$\n' || rtrim(ltrim(p.prosrc, E'\n'), E' \n') || E'\n$body$'
       from ours o
       join pg_trigger g on g.tgrelid = o.oid and not g.tgisinternal
       join pg_proc p on p.oid = g.tgfoid
+      join pg_language l on l.oid = p.prolang
+    union all
+    select o.place, 6, row_number() over (order by g.tgname), 'trigger', o.name, quote_ident(g.tgname),
+           replace(replace(pg_get_triggerdef(g.oid), ' ON ' || quote_ident(o.nspname) || '.', ' ON '),
+                   ' EXECUTE FUNCTION ' || quote_ident(o.nspname) || '.', ' EXECUTE FUNCTION ')
+           || case when g.tgenabled in ('O', 'A') then '' else ' /* disabled */' end
+      from ours o
+      join pg_trigger g on g.tgrelid = o.oid and not g.tgisinternal
 )
 select kind, "table", name, definition from facts order by place, rank, nth

@@ -19,7 +19,7 @@ use super::{
 const ROUNDS: usize = 3;
 
 const OF_USERS: [&str; 2] = ["status", "create_saga_id"];
-const OF_SESSIONS: [&str; 12] = [
+const OF_SESSIONS: [&str; 13] = [
     "session_id",
     "generation",
     "jti",
@@ -28,6 +28,7 @@ const OF_SESSIONS: [&str; 12] = [
     "expires_at",
     "absolute_expires_at",
     "rotated_at",
+    "earlier_rotations",
     "revoked_at",
     "revoked_reason",
     "user_agent",

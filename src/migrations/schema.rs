@@ -41,6 +41,8 @@ pub enum Kind {
     Constraint,
     /// An index that no constraint has made.
     Index,
+    /// The function of a trigger.
+    Function,
     /// A trigger.
     Trigger,
     /// A row that the migrations put in.
@@ -67,6 +69,7 @@ impl Schema {
                 "column" => Kind::Column,
                 "constraint" => Kind::Constraint,
                 "index" => Kind::Index,
+                "function" => Kind::Function,
                 _ => Kind::Trigger,
             };
             facts.push(Fact { kind, table, name, definition });
@@ -118,7 +121,7 @@ impl Schema {
                 (false, true) => writeln!(sql, "\ncreate table {table} (\n{body}\n);"),
                 (false, false) => writeln!(sql, "\ncreate table {table} (\n{body}\n) {made_as};"),
             };
-            for fact in of(Kind::Index).chain(of(Kind::Trigger)) {
+            for fact in of(Kind::Index).chain(of(Kind::Function)).chain(of(Kind::Trigger)) {
                 let _ = writeln!(sql, "{};", fact.definition);
             }
             for fact in of(Kind::Row) {
@@ -132,7 +135,8 @@ impl Schema {
     pub fn parse(sql: &str) -> Self {
         let mut facts = vec![];
         let mut table = String::new();
-        for line in sql.lines().filter(|line| !line.starts_with("--")) {
+        let mut lines = sql.lines().filter(|line| !line.starts_with("--"));
+        while let Some(line) = lines.next() {
             let text = line.trim_end_matches([',', ';']);
             if let Some(made) = text.strip_prefix("create table ") {
                 let (name, made_as) = made.split_once(' ').unwrap_or((made, ""));
@@ -150,6 +154,11 @@ impl Schema {
                 let mut parts = row.split(['(', ')', '\'']);
                 let (column, value) = (parts.nth(1).unwrap_or_default(), parts.nth(2).unwrap_or_default());
                 facts.push(Fact::row(&table, value.to_owned(), column));
+            } else if let Some(function) = text.strip_prefix("CREATE OR REPLACE FUNCTION ") {
+                let name = function.split('(').next().unwrap_or_default().to_owned();
+                let body = lines.by_ref().take_while(|line| *line != "$body$;");
+                let definition = [&[text], &*body.collect::<Vec<_>>(), &["$body$"]].concat().join("\n");
+                facts.push(Fact { kind: Kind::Function, table: table.clone(), name, definition });
             } else if text.starts_with("CREATE ") {
                 let kind = if text.contains("INDEX ") { Kind::Index } else { Kind::Trigger };
                 let name = text.split(' ').skip_while(|word| !matches!(*word, "INDEX" | "TRIGGER")).nth(1);

@@ -107,7 +107,7 @@ async fn a_whole_schema_has_no_problems_and_migrate_has_nothing_to_do() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_lost_is_named_and_put_back() {
     for (loss, named) in [
-        ("alter table auth_users drop column username_canonical, drop column email_canonical, drop column status,
+        ("alter table auth_users drop column username_canonical cascade, drop column email_canonical cascade, drop column status,
           drop column create_saga_id", "the column auth_users.status is missing"),
         ("alter table refresh_tokens drop column session_id", "the column refresh_tokens.session_id is missing"),
         ("alter table saga_state drop column undone", "the column saga_state.undone is missing"),
@@ -185,8 +185,8 @@ async fn a_replica_whose_columns_are_dropped_is_not_ready_until_migrate_has_put_
     // As Sequelize's sync({ alter: true }) does it, up to the column that it can't add to a table with rows.
     execute(
         &service.database,
-        r#"alter table auth_users drop column status; alter table auth_users drop column username_canonical;
-           alter table auth_users drop column email_canonical; alter table auth_users drop column create_saga_id;
+        r#"alter table auth_users drop column status; alter table auth_users drop column username_canonical cascade;
+           alter table auth_users drop column email_canonical cascade; alter table auth_users drop column create_saga_id;
            alter table auth_users alter column username type varchar(255), alter column email type varchar(255),
                alter column password_hash type varchar(255), alter column "createdAt" drop default,
                alter column "updatedAt" drop default, add unique (username), add unique (email)"#,
