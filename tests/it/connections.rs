@@ -10,8 +10,12 @@ use tokio::sync::Barrier;
 
 use crate::support::{TestService, browser::Browser, eventually, parts::PARTS, service::Wishes};
 
-const SETTINGS: PoolSettings =
-    PoolSettings { connections: 1, acquire_timeout: Duration::from_secs(30), work_timeout: Duration::from_secs(30) };
+const SETTINGS: PoolSettings = PoolSettings {
+    connections: 1,
+    acquire_timeout: Duration::from_secs(30),
+    work_timeout: Duration::from_secs(30),
+    session: &[],
+};
 
 /// A pool of one, and a second look at the same database.
 async fn pool_of_one(work_timeout: Duration) -> (Database, PgPool) {
