@@ -3,7 +3,8 @@
 //! What a server, a database or a role has as its default is somebody else's choice, made for other programs: a
 //! stricter isolation would make every busy key a conflict, `synchronous_commit = off` would lose what was answered.
 //! So a session sets for itself whatever the code takes for granted. It does so by a statement after connecting,
-//! because PgBouncer refuses startup parameters.
+//! because PgBouncer refuses startup parameters. One default is left as it is: where somebody has made a database
+//! read-only (a provider whose disk is full, say), it stays so, and readiness says it.
 
 use sqlx::{AssertSqlSafe, PgConnection};
 
@@ -11,7 +12,7 @@ use sqlx::{AssertSqlSafe, PgConnection};
 pub type Setting = (&'static str, &'static str);
 
 /// What every session begins with.
-const EVERY: [Setting; 16] = [
+const EVERY: [Setting; 15] = [
     // A request that has waited this long has nobody waiting for it any more.
     ("statement_timeout", "15s"),
     ("lock_timeout", "5s"),
@@ -25,7 +26,6 @@ const EVERY: [Setting; 16] = [
     ("tcp_user_timeout", "30s"),
     // Statements look at what was committed when they begin: locks and guards are made for that.
     ("default_transaction_isolation", "read committed"),
-    ("default_transaction_read_only", "off"),
     ("default_transaction_deferrable", "off"),
     // Rows that a policy hides are an error, not absent.
     ("row_security", "off"),

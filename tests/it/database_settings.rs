@@ -28,7 +28,6 @@ async fn defaults_of_a_database_made_for_other_programs_change_nothing() {
     let mut settings = String::new();
     for default in [
         "default_transaction_isolation = 'serializable'",
-        "default_transaction_read_only = on",
         "default_transaction_deferrable = on",
         "synchronous_commit = off",
         "statement_timeout = '1min'",
@@ -57,7 +56,6 @@ async fn defaults_of_a_database_made_for_other_programs_change_nothing() {
     let service = TestService::with(wishes).await;
     for (name, value) in [
         ("default_transaction_isolation", "read committed"),
-        ("default_transaction_read_only", "off"),
         ("synchronous_commit", "on"),
         ("statement_timeout", "15s"),
         ("lock_timeout", "5s"),
