@@ -9,8 +9,10 @@ use std::{
 };
 
 use anyhow::Context;
+use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
 use clap::{Parser, Subcommand};
 use metrics_exporter_prometheus::PrometheusHandle;
+use outbox_relay::archive::Unpositioned;
 use sqlx::{Connection, PgConnection};
 
 use crate::{
@@ -262,7 +264,31 @@ async fn migrate() -> Result<ExitCode, Failure> {
         );
     }
     conn.close().await?;
+    let unpositioned = migrations::unpositioned_events(&database.options).await;
+    if let Some(found) = unpositioned.with_context(|| format!("looking at the archive of the database at {place}"))? {
+        eprintln!("{}", advice_on(&found));
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What to do about events that may never have reached Kafka.
+fn advice_on(found: &Unpositioned) -> String {
+    let Unpositioned { rows, ids, published } = found;
+    let moment = |at: DateTime<Utc>| at.to_rfc3339_opts(SecondsFormat::Secs, true);
+    let (from, to) = (moment(*published.start()), moment(*published.end() + TimeDelta::seconds(1)));
+    let listed: Vec<_> = ids.iter().map(i64::to_string).collect();
+    let more = if *rows > ids.len() as i64 { ", …" } else { "" };
+    format!(
+        "warning: {rows} event(s) are archived as published without a position in Kafka (\"offset\" below 0): rows \
+         {}{more}\n\
+         An earlier release took a delivery report without an offset for an acknowledgement. Some of them may never \
+         have reached Kafka.\n\
+         To see which: auth-service outbox verify --from {from} --to {to}\n\
+         To send one again under its old ce_id: POST /admin/outbox/ID/replay {{\"reason\": \"never reached Kafka\"}}. A \
+         copy does no harm: consumers know it by its ce_id.\n\
+         The database refuses new rows of this kind.",
+        listed.join(", ")
+    )
 }
 
 async fn healthcheck(url: Option<String>) -> Result<ExitCode, Failure> {

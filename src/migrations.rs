@@ -15,6 +15,7 @@ pub mod server;
 use std::time::Duration;
 
 use outbox_relay::{archive, session};
+use outbox_relay::archive::{self, Unpositioned};
 use sqlx::{
     Connection, PgConnection,
     migrate::{MigrateError, Migrator},
@@ -110,6 +111,17 @@ async fn migrate(conn: &mut PgConnection) -> Result<Migrated, SchemaError> {
     if !unfit.is_empty() {
         return Err(SchemaError::Unfit(unfit));
     }
+/// Events that are archived as published without a position in Kafka. The schema has to be up to date.
+pub async fn unpositioned_events(options: &PgConnectOptions) -> Result<Option<Unpositioned>, sqlx::Error> {
+    let mut conn = PgConnection::connect_with(options).await?;
+    // A large archive takes a while to look through.
+    conn.execute("set statement_timeout = 0").await?;
+    let found = archive::unpositioned(&mut conn).await?;
+    conn.close().await?;
+    Ok(found)
+}
+
+async fn apply(conn: &mut PgConnection) -> Result<usize, SchemaError> {
     adoption::name_accounts(conn).await?;
     let before = inspection::applied(conn).await?.len();
     let mut migrator = Migrator { migrations: MIGRATOR.migrations.clone(), ..Migrator::DEFAULT };

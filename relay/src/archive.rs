@@ -3,6 +3,9 @@
 //!
 //! A day without a partition goes to the default one. Such a day gets none any more, since PostgreSQL would have to
 //! move its rows under a lock that stops every delivery; its rows are deleted in slices when they are due.
+//! And its rows without a position in Kafka, which only earlier releases could write: see [`unpositioned`].
+
+use std::ops::RangeInclusive;
 
 use chrono::{DateTime, Days, NaiveDate, Utc};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
@@ -122,6 +125,59 @@ async fn briefly(conn: &mut PgConnection, statements: &[String]) -> Result<Optio
     }
     tx.commit().await?;
     Ok(None)
+/// Archived rows that name no position in Kafka. Their messages may never have been appended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unpositioned {
+    /// How many there are that were not sent again.
+    pub rows: i64,
+    /// The ids of the first of them.
+    pub ids: Vec<i64>,
+    /// When the first and the last of them were taken for published.
+    pub published: RangeInclusive<DateTime<Utc>>,
+}
+
+/// At most so many ids are listed.
+const LISTED: i64 = 20;
+
+/// Looks for rows without a position that were not sent again. When there is no row without one at all, the
+/// database is told to rely on it, and is not searched again.
+pub async fn unpositioned(conn: &mut PgConnection) -> Result<Option<Unpositioned>, sqlx::Error> {
+    let validated: Option<bool> = sqlx::query_scalar(
+        "select convalidated from pg_constraint
+          where conrelid = to_regclass('outbox_archive') and conname = 'outbox_archive_position'",
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    if validated == Some(true) {
+        return Ok(None);
+    }
+    type Found = (i64, i64, Option<Vec<i64>>, Option<DateTime<Utc>>, Option<DateTime<Utc>>);
+    let (all, rows, ids, first, last): Found = sqlx::query_as(
+        "with bad as (
+             select a.id, a.published_at,
+                    exists (select from outbox_archive r
+                             where r.key = a.key and r.seq = a.seq and r.replay_of = a.id
+                               and r.partition >= 0 and r.\"offset\" >= 0) as sent_again
+               from outbox_archive a
+              where not (a.partition >= 0 and a.\"offset\" >= 0)
+         ), open as (
+             select id, published_at, row_number() over (order by id) as n from bad where not sent_again
+         )
+         select (select count(*) from bad), count(*), array_agg(id order by id) filter (where n <= $1),
+                min(published_at), max(published_at)
+           from open",
+    )
+    .bind(LISTED)
+    .fetch_one(&mut *conn)
+    .await?;
+    if all == 0 && validated.is_some() {
+        sqlx::query("alter table outbox_archive validate constraint outbox_archive_position").execute(conn).await?;
+    }
+    Ok(first.zip(last).map(|(first, last)| Unpositioned {
+        rows,
+        ids: ids.unwrap_or_default(),
+        published: first..=last,
+    }))
 }
 
 fn name_of(day: NaiveDate) -> String {

@@ -10,7 +10,10 @@
 //!
 //! And the other way round: every message of ours that was read, sent in the window, is known to the
 //! archive, the outbox or the parking lot. One that is not came from a foreign producer, or its
-//! database was lost.
+//! database was lost or went back in time (see `unmatched` in the report).
+//!
+//! A row that names no position (offset below 0) contradicts, whatever Kafka still has. Earlier releases took
+//! a delivery report without an offset for an acknowledgement.
 //!
 //! And of every key, whatever the window: the last message that was appended is out, in the outbox or parked.
 //!
@@ -26,13 +29,17 @@
 //!   acknowledgement and the archive's commit leaves one. Copies are counted and listed, and have to
 //!   carry the same value. Replays have rows, and places, of their own.
 //! - What can't be proven any more: rows below the first offset that Kafka still has, rows of topics
-//!   that are gone, messages from before the archive begins. They are counted, and the verdict is
-//!   [`Verdict::NotFullyProvable`].
+//!   that are gone, rows that compaction may have taken, messages from before the archive begins. They are
+//!   counted, and the verdict is [`Verdict::NotFullyProvable`].
+//! - Keys whose messages stand in several partitions of a topic, because partitions were added. They are
+//!   listed, and the verdict is the same: Kafka keeps no order across partitions.
+//! - Rows that name no position and were sent again since, with the same verdict.
 //! - Offsets at which nothing stands: markers of transactions, compaction.
 //!
 //! # What it reads
 //!
-//! Of every partition of every topic with rows in the window (or of the one topic that was asked for):
+//! Of every partition of every topic with rows in the window, and of [`Window::written_topics`] (or of the one
+//! topic that was asked for):
 //! from the first to the last row's offset, and at least what was sent from `margin` before the window
 //! to `margin` after it. A copy further away is not seen. Memory grows with the keys of one partition,
 //! not with the window: see `comparison`. Nothing is written, in Kafka or in PostgreSQL.
@@ -47,18 +54,22 @@ mod records;
 mod report;
 mod strays;
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 
 pub use log_reader::LogError;
 pub use report::{
-    DatabaseIdentity, Finding, FindingKind, FurtherCopy, MAX_LISTED, PartitionReport, Report, Totals, Vanished, Verdict,
+    DatabaseIdentity, Finding, FindingKind, FurtherCopy, MAX_LISTED, MovedKey, PartitionReport, Report, Totals,
+    Unmatched, Vanished, Verdict,
 };
 
 use crate::{KafkaSettings, admin};
-use comparison::{Bounds, Comparison, Logged, Outcome};
+use comparison::{Bounds, Compaction, Comparison, Logged, Outcome};
 use log_reader::{LogReader, Stretch};
 use plan::plan;
 use records::{ArchivedRow, Overview, Records, Share};
@@ -73,6 +84,9 @@ pub struct Window {
     pub to: DateTime<Utc>,
     /// Only this topic.
     pub topic: Option<String>,
+    /// Topics that are read even if no row of the window names them, unless one topic is asked for. Those that don't
+    /// exist are passed over.
+    pub written_topics: Vec<String>,
     /// Messages with this `ce_source` are ours, beside those the archive names.
     pub source: String,
     /// How long before and after the window Kafka is read, to see copies near its ends.
@@ -143,6 +157,10 @@ struct Verification<'c> {
     sources: BTreeSet<String>,
     times: Times,
     report: Report,
+    /// Rows that name no position.
+    unpositioned: Vec<ArchivedRow>,
+    /// Where the messages of such rows stand, as far as they were read, by row.
+    found: BTreeMap<i64, (i32, i64)>,
 }
 
 impl<'c> Verification<'c> {
@@ -158,7 +176,7 @@ impl<'c> Verification<'c> {
         let database = records::identity(conn).await?;
         let figures = admin::figures(conn).await?;
         let (records, overview) = Records::open(conn, &(window.from..window.to), window.topic.as_deref()).await?;
-        let Overview { shares, sources, since, findings, vanished } = overview;
+        let Overview { shares, sources, since, findings, vanished, moved, moved_keys } = overview;
         let sources: BTreeSet<String> = sources.into_iter().chain([window.source.clone()]).collect();
         let times = Times {
             window: window.from.timestamp_millis()..window.to.timestamp_millis(),
@@ -178,18 +196,22 @@ impl<'c> Verification<'c> {
             totals: Totals {
                 pending: figures.pending as u64,
                 parked: figures.parked as u64,
+                moved_keys,
                 vanished: vanished.iter().map(|key| (key.last_seq - key.known_seq) as u64).sum(),
                 ..Totals::default()
             },
             findings: Vec::new(),
+            unmatched: Vec::new(),
             vanished,
+            moved_keys: moved,
             copies: Vec::new(),
             unlisted: 0,
             rows_sha256: String::new(),
             verdict: Verdict::Proven,
         };
         findings.into_iter().for_each(|finding| report.found(finding));
-        Ok((Self { log, records, sources, times, report }, shares))
+        let (unpositioned, found) = (Vec::new(), BTreeMap::new());
+        Ok((Self { log, records, sources, times, report, unpositioned, found }, shares))
     }
 
     /// Rows and messages of one partition, side by side.
@@ -217,11 +239,13 @@ impl<'c> Verification<'c> {
         let bounds = match comparison.has_empty_places() {
             true => {
                 let (low, readable) = log.bounds(&topic, partition).await?;
-                Bounds { low, readable, high: log.end(&topic, partition).await? }
+                let (high, compaction) = (log.end(&topic, partition).await?, log.compaction(&topic).await);
+                Bounds { low, readable, high, compaction }
             }
-            false => Bounds { low: part.low, readable: part.high, high: part.high },
+            false => Bounds { low: part.low, readable: part.high, high: part.high, compaction: Compaction::Off },
         };
-        let outcome = comparison.finish(bounds);
+        let mut outcome = comparison.finish(bounds);
+        self.unpositioned.append(&mut outcome.unpositioned);
         (part.messages, part.rows, part.proven) = (outcome.messages, outcome.rows, outcome.proven);
         self.report.add(outcome);
         Ok(())
@@ -233,7 +257,9 @@ impl<'c> Verification<'c> {
         let mut outcome = Outcome::default();
         while let Some(row) = self.records.next_if(here).await? {
             outcome.add_row(&row);
-            if part.topic_exists {
+            if !row.has_position() {
+                self.unpositioned.push(row);
+            } else if part.topic_exists {
                 let what = "the topic has no such partition".to_owned();
                 outcome.findings.push(row.finding(FindingKind::Missing, what));
             } else {
@@ -250,26 +276,55 @@ impl<'c> Verification<'c> {
             return Ok(());
         }
         let known = self.records.look_up(&strays).await?;
+        let mut unmatched = Vec::new();
         for (message, known) in strays.into_iter().zip(&known) {
             match strays::judge(&message, &part.topic, part.partition, known, &self.times) {
                 Stray::Outside | Stray::Beyond => self.report.totals.outside += 1,
                 Stray::NotArchived => self.report.totals.not_archived += 1,
                 Stray::BeforeArchive => self.report.totals.before_archive += 1,
                 Stray::Copy(row) => self.report.copied(part, message, row),
+                Stray::Unpositioned(row) => {
+                    self.found.entry(row.id).or_insert((part.partition, message.offset));
+                }
                 Stray::Altered(row) => {
                     let what = format!("it repeats row {} with another value", row.id);
                     self.report.found(part.finding(FindingKind::Different, what, message));
                 }
-                Stray::Unknown => {
-                    let what = "no row has this ce_id, key and aggregate-seq".to_owned();
-                    self.report.found(part.finding(FindingKind::Unknown, what, message));
-                }
+                Stray::Unmatched => unmatched.push(message),
             }
+        }
+        let numbers = self.records.holders_of_number(&unmatched).await?;
+        for (message, number_also_of) in unmatched.into_iter().zip(numbers) {
+            self.report.unmatched(part, message, number_also_of);
         }
         Ok(())
     }
 
-    async fn end(self) -> Result<Report, VerifyError> {
+    /// Rows without a position: nothing but Kafka itself can say whether their messages are there.
+    async fn conclude_unpositioned(&mut self) -> Result<(), VerifyError> {
+        let sent_again = self.records.sent_again(&self.unpositioned).await?;
+        for row in std::mem::take(&mut self.unpositioned) {
+            if sent_again.contains(&row.id) {
+                self.report.totals.sent_again += 1;
+                continue;
+            }
+            let what = match self.found.get(&row.id) {
+                Some((partition, offset)) => {
+                    format!(
+                        "the archive names no position; its message stands in partition {partition} at offset {offset}"
+                    )
+                }
+                None => "the archive names no position, and its message was not found in what was read: send it \
+                         again by a replay"
+                    .to_owned(),
+            };
+            self.report.found(row.finding(FindingKind::NoPosition, what));
+        }
+        Ok(())
+    }
+
+    async fn end(mut self) -> Result<Report, VerifyError> {
+        self.conclude_unpositioned().await?;
         let Self { log, records, mut report, .. } = self;
         report.rows_sha256 = records.close().await?;
         report.verdict = report.totals.verdict();

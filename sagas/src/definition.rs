@@ -81,6 +81,17 @@ impl Definition {
         self.steps.iter().enumerate().find_map(|(index, step)| Some((index, step.meaning_of(topic)?)))
     }
 
+    /// All topics its commands go to.
+    pub fn command_topics(&self) -> impl Iterator<Item = &'static str> {
+        self.steps.iter().flat_map(|step| {
+            let undo = match &step.undo {
+                Undo::Command { command, .. } => Some(command.topic),
+                Undo::Nothing { .. } => None,
+            };
+            [step.command.topic].into_iter().chain(undo)
+        })
+    }
+
     /// All topics on which replies to this saga may come.
     pub fn reply_topics(&self) -> impl Iterator<Item = &'static str> {
         self.steps.iter().flat_map(|step| {

@@ -3,7 +3,9 @@
 use std::{fmt::Write, time::Duration};
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use outbox_relay::verify::{Finding, FurtherCopy, PartitionReport, Progress, Report, Totals, Vanished};
+use outbox_relay::verify::{
+    Finding, FurtherCopy, MovedKey, PartitionReport, Progress, Report, Totals, Unmatched, Vanished,
+};
 
 use super::verify::Product;
 
@@ -24,9 +26,13 @@ pub fn report(product: &Product) -> String {
         line(&mut text, name, &count.to_string());
     }
     line(&mut text, "SHA-256 of rows", &report.rows_sha256);
-    let Totals { vanished: gone, .. } = report.totals;
-    listed(&mut text, "contradictions", report.totals.contradictions() - gone, &report.findings, finding);
+    let Totals { vanished: gone, unmatched: forgotten, moved_keys, .. } = report.totals;
+    let of_rows = report.totals.contradictions() - gone - forgotten;
+    listed(&mut text, "contradictions", of_rows, &report.findings, finding);
+    listed(&mut text, "unmatched: in Kafka, and not in the database", forgotten, &report.unmatched, unmatched);
     listed(&mut text, "vanished from the database", report.vanished.len() as u64, &report.vanished, vanished);
+    let moved = "partitions were added: order across partitions is not proven";
+    listed(&mut text, moved, moved_keys, &report.moved_keys, moved_key);
     listed(&mut text, "copies", report.totals.copies, &report.copies, copy);
     text.push('\n');
     text + &conclusion(report) + "\n"
@@ -99,15 +105,19 @@ fn figures(totals: &Totals) -> Vec<(&'static str, u64)> {
         ("replays", totals.replays),
         ("copies", totals.copies),
         ("  of replays", totals.replay_copies),
+        ("no position", totals.no_position),
         ("missing", totals.missing),
         ("different", totals.different),
         ("shared", totals.shared),
         ("out of order", totals.out_of_order),
         ("broken sequence", totals.sequence),
-        ("unknown", totals.unknown),
+        ("unmatched", totals.unmatched),
         ("vanished", totals.vanished),
         ("expired", totals.expired),
         ("topic gone", totals.topic_gone),
+        ("compacted", totals.compacted),
+        ("sent again", totals.sent_again),
+        ("moved keys", totals.moved_keys),
         ("not readable yet", totals.open_transaction),
         ("before archive", totals.before_archive),
         ("outside window", totals.outside),
@@ -123,6 +133,12 @@ fn reasons(totals: &Totals) -> String {
     let reasons = [
         (totals.expired, "rows below the first offset that Kafka still has"),
         (totals.topic_gone, "rows of topics that are gone"),
+        (totals.compacted, "rows of compacted topics, which can't be proven"),
+        (totals.sent_again, "rows without a position that were sent again since"),
+        (
+            totals.moved_keys,
+            "keys in more than one partition: partitions were added, and order across them is not proven",
+        ),
         (totals.open_transaction, "rows behind another producer's open transaction"),
         (totals.before_archive, "messages from before the archive begins"),
     ];
@@ -149,6 +165,19 @@ fn finding(finding: &Finding) -> String {
     let Finding { kind, what, topic, partition, offset, .. } = finding;
     let message = message(finding.key.as_deref(), finding.seq, finding.ce_id);
     format!("{kind:?}: {row}{message}, {topic} partition {partition} offset {offset}: {what}")
+}
+
+fn unmatched(unmatched: &Unmatched) -> String {
+    let Unmatched { topic, partition, offset, .. } = unmatched;
+    let message = message(unmatched.key.as_deref(), unmatched.aggregate_seq, unmatched.ce_id);
+    let sent = unmatched.sent_at.map(|at| format!(", sent {}", moment(at))).unwrap_or_default();
+    let also = unmatched.number_also_of.map(|row| format!("; row {row} has the same number")).unwrap_or_default();
+    format!("{message}, {topic} partition {partition} offset {offset}{sent}{also}")
+}
+
+fn moved_key(MovedKey { key, topic, partitions }: &MovedKey) -> String {
+    let partitions: Vec<_> = partitions.iter().map(i32::to_string).collect();
+    format!("key {key:?} of {topic}: in partitions {}", partitions.join(", "))
 }
 
 fn vanished(Vanished { key, known_seq, last_seq }: &Vanished) -> String {

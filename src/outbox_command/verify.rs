@@ -19,6 +19,7 @@ use sqlx::{ConnectOptions, PgConnection};
 
 use super::{moment::Moment, text};
 use crate::{
+    app::SAGAS,
     cli::{Failure, from_environment},
     config::{self, OutboxPlaces},
 };
@@ -118,7 +119,9 @@ async fn window(args: &VerifyArgs, places: &OutboxPlaces, conn: &mut PgConnectio
         return Err(Failure::Usage(format!("the window is empty: it begins at {from} and ends at {to}")));
     }
     let (topic, source) = (args.topic.clone(), places.sender.clone());
-    Ok(Window { from, to, topic, source, margin: args.margin })
+    let commands = SAGAS.iter().flat_map(|saga| saga.command_topics());
+    let written_topics = commands.map(|topic| format!("{}{topic}", places.kafka.topic_prefix)).collect();
+    Ok(Window { from, to, topic, written_topics, source, margin: args.margin })
 }
 
 fn write(args: &VerifyArgs, product: Product) -> anyhow::Result<()> {

@@ -10,7 +10,8 @@
 //!   likes before it looks again ([`Action::KeeperTicks`], [`Action::WorkerLooks`]).
 //! - **The network** keeps every request that was ever sent and may deliver it at any later time,
 //!   also when its sender has given it up, lost its lane or died. A report of success may come
-//!   whenever the row is in the log; a report of failure at any time. When exactly a relay was frozen
+//!   whenever the row is in the log; a report of failure at any time. A report of success that names no
+//!   position may come at any time, too, whether the row is in the log or not. When exactly a relay was frozen
 //!   does not matter then: it is one with the time its request takes.
 //! - **The log** is the set of what the broker has, since copies are allowed; what is checked is the
 //!   moment each row first gets there.
@@ -70,6 +71,8 @@ enum Broken {
     NoSequenceCheck,
     /// A report of a row that was given up counts as its acknowledgement.
     LateReportsCount,
+    /// A report of success counts as an acknowledgement although it names no position.
+    NoPositionNeeded,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -89,6 +92,7 @@ enum Action {
     ReadAndSend { relay: usize, above: i64 },
     Arrives { id: i64 },
     Acknowledged { relay: usize, id: i64 },
+    ReportedWithoutPosition { relay: usize, id: i64 },
     Failed { relay: usize, id: i64 },
     LateReport { relay: usize, id: i64 },
     ProducerReplaced { relay: usize },
@@ -139,6 +143,7 @@ impl Model for Takeover {
             actions.extend((0..=state.database.rows.len() as i64).map(|above| Action::ReadAndSend { relay, above }));
             for id in state.database.ids() {
                 actions.push(Action::Acknowledged { relay, id });
+                actions.push(Action::ReportedWithoutPosition { relay, id });
                 actions.push(Action::Failed { relay, id });
                 actions.push(Action::LateReport { relay, id });
             }
@@ -182,7 +187,13 @@ impl Model for Takeover {
                 relay.sent.add(id);
                 relay.send(broker, broken);
             }
-            Action::Failed { relay, id } => {
+            Action::ReportedWithoutPosition { relay, id } if broken == Some(Broken::NoPositionNeeded) => {
+                let relay = &mut relays[relay];
+                relay.memory.0.acknowledged(id)?;
+                relay.sent.add(id);
+                relay.send(broker, broken);
+            }
+            Action::Failed { relay, id } | Action::ReportedWithoutPosition { relay, id } => {
                 let relay = &mut relays[relay];
                 let key = relay.memory.0.in_flight_row(id)?.key.clone();
                 relay.memory.0.evict(&key);
@@ -286,7 +297,7 @@ impl State {
             Action::ReadAndSend { relay, .. } => relays[relay].followed.is_some(),
             Action::Arrives { id } => broker.on_the_way.has(id),
             Action::Acknowledged { relay, id } => broker.log.has(id) && in_flight(relay, id),
-            Action::Failed { relay, id } => in_flight(relay, id),
+            Action::Failed { relay, id } | Action::ReportedWithoutPosition { relay, id } => in_flight(relay, id),
             // Of a row that was sent once and is not in flight any more: whatever it says, nothing may come of it.
             Action::LateReport { relay, id } => {
                 (broker.log.has(id) || broker.on_the_way.has(id)) && !in_flight(relay, id)
@@ -362,6 +373,11 @@ fn a_cursor_steps_over_a_late_commit() {
 #[test]
 fn without_the_sequence_check_a_read_above_a_late_row_loses_the_order() {
     falls(Broken::NoSequenceCheck, "first occurrences of a key are in order, without a gap");
+}
+
+#[test]
+fn a_report_that_counts_without_a_position_loses_a_row() {
+    falls(Broken::NoPositionNeeded, "what left the outbox is in the log");
 }
 
 #[test]

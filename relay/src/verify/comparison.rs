@@ -26,7 +26,7 @@ pub(crate) struct Logged {
 }
 
 /// Where a partition begins and ends, asked after it was read: retention does not stand still.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Bounds {
     /// First offset that is kept.
     pub low: i64,
@@ -34,6 +34,17 @@ pub(crate) struct Bounds {
     pub readable: i64,
     /// End of what is there: more than that while a foreign transaction is open.
     pub high: i64,
+    /// What is known of the topic's compaction.
+    pub compaction: Compaction,
+}
+
+/// Whether Kafka may have removed a message from the middle of a partition, because its key has a later one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Compaction {
+    Off,
+    On,
+    /// Kafka did not say, for this reason.
+    Unknown(String),
 }
 
 /// What became of a partition's rows.
@@ -45,9 +56,12 @@ pub(crate) struct Outcome {
     pub expired: u64,
     pub topic_gone: u64,
     pub open_transaction: u64,
+    pub compacted: u64,
     pub messages: u64,
     pub other_senders: u64,
     pub findings: Vec<Finding>,
+    /// Rows that name no position: what became of them is known when all of Kafka was read.
+    pub unpositioned: Vec<ArchivedRow>,
 }
 
 impl Outcome {
@@ -97,6 +111,9 @@ impl<'a> Comparison<'a> {
     /// The next row, and the first message at or behind its offset.
     pub(crate) fn row(&mut self, row: ArchivedRow, next: Option<&Logged>) {
         self.outcome.add_row(&row);
+        if !row.has_position() {
+            return self.outcome.unpositioned.push(row);
+        }
         match next.filter(|message| message.offset == row.offset) {
             Some(message) => match self.held_against(&row, message) {
                 None => self.outcome.proven += 1,
@@ -145,10 +162,17 @@ impl<'a> Comparison<'a> {
                 self.outcome.expired += 1;
             } else if (bounds.readable..bounds.high).contains(&row.offset) {
                 self.outcome.open_transaction += 1;
+            } else if row.offset < bounds.high && bounds.compaction == Compaction::On {
+                self.outcome.compacted += 1;
             } else {
-                let what = match row.offset >= bounds.high {
-                    true => format!("the partition ends before offset {}", bounds.high),
-                    false => "no message stands there".to_owned(),
+                let what = match (row.offset >= bounds.high, &bounds.compaction) {
+                    (true, _) => format!("the partition ends before offset {}", bounds.high),
+                    (false, Compaction::Unknown(reason)) => {
+                        format!(
+                            "no message stands there, and Kafka did not say whether the topic is compacted: {reason}"
+                        )
+                    }
+                    (false, _) => "no message stands there".to_owned(),
                 };
                 self.outcome.findings.push(row.finding(FindingKind::Missing, what));
             }

@@ -9,14 +9,15 @@ use std::{
 
 use rdkafka::{
     ClientConfig, ClientContext, Message, Offset, TopicPartitionList,
+    admin::{AdminClient, AdminOptions, ResourceSpecifier},
     consumer::{Consumer, ConsumerContext, StreamConsumer},
     error::{KafkaError, KafkaResult, RDKafkaErrorCode as Code},
     message::BorrowedMessage,
 };
 use sha2::{Digest, Sha256};
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use super::comparison::Logged;
+use super::comparison::{Compaction, Logged};
 use crate::{
     headers::MessageHeaders,
     publisher::{KafkaSettings, PublisherError, refused},
@@ -138,6 +139,37 @@ impl LogReader {
         .await
     }
 
+    /// Whether the topic is compacted.
+    pub(crate) async fn compaction(&self, topic: &str) -> Compaction {
+        let client: AdminClient<Complaints> =
+            match client(&self.settings).create_with_context(Complaints::default()).map_err(refused) {
+                Ok(client) => client,
+                Err(error) => return Compaction::Unknown(error.to_string()),
+            };
+        let options = AdminOptions::new().request_timeout(Some(ANSWER));
+        let asked = [&ResourceSpecifier::Topic(topic)];
+        let answer = timeout(ANSWER * 2, client.describe_configs(asked, &options)).await;
+        let answer = answer.map_err(|_| "no answer".to_owned()).and_then(|answer| answer.map_err(|e| e.to_string()));
+        let described = answer.and_then(|mut topics| {
+            let topic = topics.pop().ok_or("no answer")?.map_err(|code| code.to_string())?;
+            topic.get("cleanup.policy").and_then(|policy| policy.value.clone()).ok_or_else(|| "no answer".to_owned())
+        });
+        match described {
+            Ok(policy) => {
+                let _ = tokio::task::spawn_blocking(move || drop(client)).await;
+                match policy.split(',').any(|policy| policy.trim() == "compact") {
+                    true => Compaction::On,
+                    false => Compaction::Off,
+                }
+            }
+            Err(reason) => {
+                // Dropping an admin client with a request that was not answered has aborted the process.
+                std::mem::forget(client);
+                Compaction::Unknown(reason)
+            }
+        }
+    }
+
     /// Turns to a stretch.
     pub(crate) fn read<'r>(&'r self, stretch: Stretch<'r>) -> Result<Reading<'r>, LogError> {
         self.turn_to(&stretch, stretch.from)?;
@@ -226,13 +258,20 @@ impl Reading<'_> {
     }
 }
 
-fn consumer(settings: &KafkaSettings, isolation: &str) -> Result<StreamConsumer<Complaints>, PublisherError> {
+fn client(settings: &KafkaSettings) -> ClientConfig {
     let mut config = ClientConfig::new();
     settings.client.iter().for_each(|(property, value)| {
         config.set(property, value);
     });
     config
         .set("bootstrap.servers", &settings.brokers)
+        .set("reconnect.backoff.max.ms", "1000")
+        .set("socket.keepalive.enable", "true");
+    config
+}
+
+fn consumer(settings: &KafkaSettings, isolation: &str) -> Result<StreamConsumer<Complaints>, PublisherError> {
+    client(settings)
         // The client wants a name even where no group is joined.
         .set("group.id", "outbox-verify")
         .set("enable.auto.commit", "false")
@@ -243,8 +282,6 @@ fn consumer(settings: &KafkaSettings, isolation: &str) -> Result<StreamConsumer<
         .set("enable.partition.eof", "true")
         .set("allow.auto.create.topics", "false")
         .set("queued.max.messages.kbytes", "16384")
-        .set("reconnect.backoff.max.ms", "1000")
-        .set("socket.keepalive.enable", "true")
         .create_with_context(Complaints::default())
         .map_err(refused)
 }

@@ -11,7 +11,10 @@ use super::{
 
 /// Every partition of every topic concerned, in the order of the rows.
 pub(crate) async fn plan(log: &LogReader, shares: &[Share], window: &Window) -> Result<Vec<PartitionReport>, LogError> {
-    let topics: BTreeSet<&String> = shares.iter().map(|share| &share.topic).chain(&window.topic).collect();
+    // With a database that went back in time, the archive may name none of the topics that were written to.
+    let written: &[String] = if window.topic.is_none() { &window.written_topics } else { &[] };
+    let topics: BTreeSet<&String> =
+        shares.iter().map(|share| &share.topic).chain(&window.topic).chain(written).collect();
     let mut plan = Vec::new();
     for topic in topics {
         let existing: BTreeSet<i32> = log.partitions(topic).await?.into_iter().collect();
@@ -47,7 +50,8 @@ async fn bounded(
     let ends = window.to.timestamp_millis().saturating_add(margin);
     let begins = log.offset_at(topic, partition, begins).await?.unwrap_or(high);
     let ends = log.offset_at(topic, partition, ends).await?.unwrap_or(high);
-    let from = share.map_or(begins, |share| share.first.min(begins)).clamp(low, high);
-    let to = share.map_or(ends, |share| share.last.saturating_add(1).max(ends)).clamp(from, high);
+    let (first, last) = share.map_or((None, None), |share| (share.first, share.last));
+    let from = first.map_or(begins, |first| first.min(begins)).clamp(low, high);
+    let to = last.map_or(ends, |last| last.saturating_add(1).max(ends)).clamp(from, high);
     Ok(PartitionReport { low, high, from, to, ..part })
 }

@@ -6,7 +6,10 @@
 //! cursor would each scan the window again: the archive has no index by place, since the relay would
 //! pay for it with every row.) Behind a pooler, a cursor needs pooling by session.
 
-use std::{collections::VecDeque, ops::Range};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    ops::Range,
+};
 
 use chrono::{DateTime, Utc};
 use sha2::{Digest, Sha256};
@@ -15,11 +18,11 @@ use uuid::Uuid;
 
 use super::{
     comparison::Logged,
-    report::{DatabaseIdentity, Finding, FindingKind, MAX_LISTED, Vanished},
+    report::{DatabaseIdentity, Finding, FindingKind, MAX_LISTED, MovedKey, Vanished},
 };
 
 /// A row of the window; its value as a SHA-256, made by the server.
-#[derive(Debug, Clone, sqlx::FromRow)]
+#[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
 pub(crate) struct ArchivedRow {
     pub id: i64,
     pub key: String,
@@ -33,6 +36,11 @@ pub(crate) struct ArchivedRow {
 }
 
 impl ArchivedRow {
+    /// Whether it says where in Kafka its message stands. Only earlier releases wrote rows that don't.
+    pub(crate) fn has_position(&self) -> bool {
+        self.partition >= 0 && self.offset >= 0
+    }
+
     pub(crate) fn finding(&self, kind: FindingKind, what: String) -> Finding {
         Finding {
             kind,
@@ -53,8 +61,9 @@ impl ArchivedRow {
 pub(crate) struct Share {
     pub topic: String,
     pub partition: i32,
-    pub first: i64,
-    pub last: i64,
+    /// The lowest and highest offset that some row names; none when no row names one.
+    pub first: Option<i64>,
+    pub last: Option<i64>,
 }
 
 /// A row that knows a message's `ce_id`, key and place in the key.
@@ -66,9 +75,16 @@ pub(crate) struct Known {
     pub replay_of: Option<i64>,
     pub topic: String,
     pub value_hash: Vec<u8>,
-    /// Where it is in Kafka; `None` while it is not archived.
+    /// Where it is in Kafka, as the archive says; `None` while it is not archived.
     #[sqlx(skip)]
     pub place: Option<(i32, i64)>,
+}
+
+impl Known {
+    /// Whether it is archived without a position.
+    pub(crate) fn is_unpositioned(&self) -> bool {
+        self.place.is_some_and(|(partition, offset)| partition < 0 || offset < 0)
+    }
 }
 
 /// What can be said of the window at once.
@@ -81,6 +97,9 @@ pub(crate) struct Overview {
     pub findings: Vec<Finding>,
     /// Of all keys, whatever the window.
     pub vanished: Vec<Vanished>,
+    /// Keys of the window that stand in more than one partition of a topic, and how many there are.
+    pub moved: Vec<MovedKey>,
+    pub moved_keys: u64,
 }
 
 /// The window's rows, in order of topic, partition and offset.
@@ -99,7 +118,7 @@ const WINDOW: &str = "
       order by topic collate \"C\", partition, \"offset\", id";
 
 const SHARES: &str = "
-     select topic, partition, min(\"offset\") as first, max(\"offset\") as last
+     select topic, partition, min(\"offset\") filter (where \"offset\" >= 0) as first, max(\"offset\") filter (where \"offset\" >= 0) as last
        from outbox_archive
       where published_at >= $1 and published_at < $2 and ($3::text is null or topic = $3)
       group by topic, partition
@@ -160,6 +179,18 @@ const VANISHED: &str = "
       order by k.key collate \"C\"
       limit $1";
 
+/// Keys whose messages stand in more than one partition of a topic. A key stays in one for as long as the number of
+/// partitions does. Replays stand outside the order.
+const MOVED: &str = "
+     select key, topic, array_agg(distinct partition) as partitions, count(*) over () as keys
+       from outbox_archive
+      where published_at >= $1 and published_at < $2 and ($3::text is null or topic = $3)
+        and replay_of is null and partition >= 0 and \"offset\" >= 0
+      group by key, topic
+     having min(partition) <> max(partition)
+      order by topic collate \"C\", key collate \"C\"
+      limit $4";
+
 impl<'c> Records<'c> {
     /// Takes the snapshot. The connection keeps the cursor until [`close`](Self::close).
     pub(crate) async fn open(
@@ -180,11 +211,20 @@ impl<'c> Records<'c> {
             .bind(MAX_LISTED as i64)
             .fetch_all(&mut *tx)
             .await?;
+        let moved: Vec<Moved> = sqlx::query_as(MOVED)
+            .bind(window.start)
+            .bind(window.end)
+            .bind(topic)
+            .bind(MAX_LISTED as i64)
+            .fetch_all(&mut *tx)
+            .await?;
+        let moved_keys = moved.first().map_or(0, |moved| moved.keys as u64);
+        let moved = moved.into_iter().map(|moved| moved.key).collect();
         let vanished = sqlx::query_as(VANISHED).bind(MAX_LISTED as i64).fetch_all(&mut *tx).await?;
         tx.commit().await?;
         let findings = broken.into_iter().map(Broken::finding).collect();
         let records = Self { conn, page: VecDeque::new(), ended: false, digest: Sha256::new() };
-        Ok((records, Overview { shares, sources, since, findings, vanished }))
+        Ok((records, Overview { shares, sources, since, findings, vanished, moved, moved_keys }))
     }
 
     /// The next row, if `wanted` says so.
@@ -254,6 +294,38 @@ impl<'c> Records<'c> {
         Ok(known)
     }
 
+    /// Of these archived rows, those that were sent again since, by a replay that has a position.
+    pub(crate) async fn sent_again(&mut self, rows: &[ArchivedRow]) -> Result<BTreeSet<i64>, sqlx::Error> {
+        let ids: Vec<i64> = sqlx::query_scalar(
+            "select w.id from unnest($1::bigint[], $2::text[], $3::bigint[]) as w(id, key, seq)
+              where exists (select from outbox_archive a
+                             where a.key = w.key and a.seq = w.seq and a.replay_of = w.id
+                               and a.partition >= 0 and a.\"offset\" >= 0)",
+        )
+        .bind(rows.iter().map(|row| row.id).collect::<Vec<_>>())
+        .bind(rows.iter().map(|row| row.key.as_str()).collect::<Vec<_>>())
+        .bind(rows.iter().map(|row| row.seq).collect::<Vec<_>>())
+        .fetch_all(&mut *self.conn)
+        .await?;
+        Ok(ids.into_iter().collect())
+    }
+
+    /// For each of these messages, the row that has its number in its key, whatever message that row is of.
+    pub(crate) async fn holders_of_number(&mut self, messages: &[Logged]) -> Result<Vec<Option<i64>>, sqlx::Error> {
+        sqlx::query_scalar(
+            "select coalesce(
+                    (select a.id from outbox_archive a where a.key = w.key and a.seq = w.seq and a.replay_of is null limit 1),
+                    (select o.id from outbox o where o.key = w.key and o.seq = w.seq and o.replay_of is null),
+                    (select p.id from outbox_parked p where p.key = w.key and p.seq = w.seq and p.replay_of is null))
+               from unnest($1::text[], $2::bigint[]) with ordinality as w(key, seq, n)
+              order by w.n",
+        )
+        .bind(messages.iter().map(|message| message.key.as_deref()).collect::<Vec<_>>())
+        .bind(messages.iter().map(|message| message.seq).collect::<Vec<_>>())
+        .fetch_all(&mut *self.conn)
+        .await
+    }
+
     /// Lets the cursor go. Answers with the SHA-256 over all rows that were read.
     pub(crate) async fn close(self) -> Result<String, sqlx::Error> {
         sqlx::query("close outbox_window").execute(self.conn).await?;
@@ -267,6 +339,14 @@ struct KnownRow {
     known: Known,
     partition: Option<i32>,
     offset: Option<i64>,
+}
+
+#[derive(sqlx::FromRow)]
+struct Moved {
+    #[sqlx(flatten)]
+    key: MovedKey,
+    /// How many such keys there are.
+    keys: i64,
 }
 
 #[derive(sqlx::FromRow)]

@@ -40,11 +40,16 @@ pub struct Report {
     pub totals: Totals,
     /// What contradicts the archive.
     pub findings: Vec<Finding>,
+    /// Messages of ours that stand in Kafka and that no row knows: a foreign producer sent them, or the database
+    /// went back in time and forgot them.
+    pub unmatched: Vec<Unmatched>,
     /// Messages that were appended, in whatever window, and are in no table any more.
     pub vanished: Vec<Vanished>,
+    /// Keys whose messages stand in more than one partition.
+    pub moved_keys: Vec<MovedKey>,
     /// Messages that stand in Kafka more than once, as at-least-once allows.
     pub copies: Vec<FurtherCopy>,
-    /// Findings and copies that are counted but not listed.
+    /// Findings, unmatched messages and copies that are counted but not listed.
     pub unlisted: u64,
     /// SHA-256 over a line `id,ce_id,topic,partition,offset` for each row, in order of topic (by bytes),
     /// partition, offset and id, each line ended by a line feed.
@@ -119,6 +124,12 @@ pub struct Totals {
     pub expired: u64,
     /// Rows of topics that are gone.
     pub topic_gone: u64,
+    /// Rows of compacted topics at whose offset nothing stands any more.
+    pub compacted: u64,
+    /// Rows that name no position and were sent again since.
+    pub sent_again: u64,
+    /// Keys whose messages stand in more than one partition.
+    pub moved_keys: u64,
     /// Rows behind an open transaction of another producer: nobody may read them yet.
     pub open_transaction: u64,
     /// Messages read.
@@ -135,6 +146,8 @@ pub struct Totals {
     pub copies: u64,
     /// Of them, copies of replays.
     pub replay_copies: u64,
+    /// Rows that name no position: nothing says that the broker has their messages.
+    pub no_position: u64,
     /// Rows whose message is not at its place.
     pub missing: u64,
     /// Rows, and copies, that differ from the message in Kafka.
@@ -146,7 +159,7 @@ pub struct Totals {
     /// Rows that do not follow the one before them in their key.
     pub sequence: u64,
     /// Messages of ours that no row knows.
-    pub unknown: u64,
+    pub unmatched: u64,
     /// Messages that were appended and are in no table, with nothing of their key behind them.
     pub vanished: u64,
     /// Rows that are not out yet; no part of the proof.
@@ -183,6 +196,8 @@ pub struct Finding {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum FindingKind {
+    /// The row names no position.
+    NoPosition,
     /// The message is not there.
     Missing,
     /// It is there, and differs.
@@ -193,8 +208,43 @@ pub enum FindingKind {
     OutOfOrder,
     /// The message before it in its key is missing, or its place is taken twice.
     Sequence,
-    /// No row knows it.
-    Unknown,
+}
+
+/// A message of ours that stands in Kafka and that no row knows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Unmatched {
+    /// The message's id.
+    pub ce_id: Option<Uuid>,
+    /// Topic.
+    pub topic: String,
+    /// Partition.
+    pub partition: i32,
+    /// Offset.
+    pub offset: i64,
+    /// Key.
+    pub key: Option<String>,
+    /// Place in the key.
+    pub aggregate_seq: Option<i64>,
+    /// The row it sends again.
+    pub replay_of: Option<i64>,
+    /// When it was sent.
+    pub sent_at: Option<DateTime<Utc>>,
+    /// The row of another message that has the same number in the same key.
+    pub number_also_of: Option<i64>,
+}
+
+/// A key whose messages stand in more than one partition of a topic: partitions were added, or the topic was made
+/// anew with another number of them. Kafka keeps no order across partitions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, sqlx::FromRow)]
+#[serde(rename_all = "camelCase")]
+pub struct MovedKey {
+    /// Key.
+    pub key: String,
+    /// Topic.
+    pub topic: String,
+    /// The partitions.
+    pub partitions: Vec<i32>,
 }
 
 /// The end of a key that is in no table: its counter says that more was appended. Something took the rows out of
@@ -241,14 +291,31 @@ impl Report {
     pub(crate) fn found(&mut self, finding: Finding) {
         let totals = &mut self.totals;
         *match finding.kind {
+            FindingKind::NoPosition => &mut totals.no_position,
             FindingKind::Missing => &mut totals.missing,
             FindingKind::Different => &mut totals.different,
             FindingKind::Shared => &mut totals.shared,
             FindingKind::OutOfOrder => &mut totals.out_of_order,
             FindingKind::Sequence => &mut totals.sequence,
-            FindingKind::Unknown => &mut totals.unknown,
         } += 1;
         list(&mut self.findings, finding, &mut self.unlisted);
+    }
+
+    /// Counts a message that no row knows, and lists it while there is room.
+    pub(crate) fn unmatched(&mut self, part: &PartitionReport, message: Logged, number_also_of: Option<i64>) {
+        self.totals.unmatched += 1;
+        let unmatched = Unmatched {
+            ce_id: message.message_id,
+            topic: part.topic.clone(),
+            partition: part.partition,
+            offset: message.offset,
+            key: message.key,
+            aggregate_seq: message.seq,
+            replay_of: message.replay_of,
+            sent_at: message.timestamp.and_then(DateTime::from_timestamp_millis),
+            number_also_of,
+        };
+        list(&mut self.unmatched, unmatched, &mut self.unlisted);
     }
 
     /// Counts a copy, and lists it while there is room.
@@ -280,6 +347,7 @@ impl Report {
         totals.expired += outcome.expired;
         totals.topic_gone += outcome.topic_gone;
         totals.open_transaction += outcome.open_transaction;
+        totals.compacted += outcome.compacted;
         totals.messages += outcome.messages;
         totals.other_senders += outcome.other_senders;
         outcome.findings.into_iter().for_each(|finding| self.found(finding));
@@ -311,12 +379,14 @@ impl PartitionReport {
 impl Totals {
     /// How many things contradict.
     pub fn contradictions(&self) -> u64 {
-        self.missing + self.different + self.shared + self.out_of_order + self.sequence + self.unknown + self.vanished
+        let rows = self.no_position + self.missing + self.different + self.shared + self.out_of_order + self.sequence;
+        rows + self.unmatched + self.vanished
     }
 
-    /// How many rows and messages can't be proven any more.
+    /// How many rows, messages and keys can't be proven, or not any more.
     pub fn unprovable(&self) -> u64 {
-        self.expired + self.topic_gone + self.open_transaction + self.before_archive
+        let rows = self.expired + self.topic_gone + self.compacted + self.sent_again + self.open_transaction;
+        rows + self.before_archive + self.moved_keys
     }
 
     pub(crate) fn verdict(&self) -> Verdict {

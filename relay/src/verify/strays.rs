@@ -12,6 +12,8 @@ pub(crate) enum Stray<'k> {
     Outside,
     /// It repeats this archived row, which is at another place.
     Copy(&'k Known),
+    /// It is the message of this archived row, which names no position.
+    Unpositioned(&'k Known),
     /// It repeats this row, with another value.
     Altered(&'k Known),
     /// Its row is still in the outbox, or parked.
@@ -21,7 +23,7 @@ pub(crate) enum Stray<'k> {
     /// As [`Stray::BeforeArchive`], at a time nobody asked about.
     Beyond,
     /// No row knows it.
-    Unknown,
+    Unmatched,
 }
 
 /// The times, in milliseconds since 1970.
@@ -44,8 +46,11 @@ pub(crate) fn judge<'k>(message: &Logged, topic: &str, partition: i32, known: &'
         return Stray::Outside;
     }
     // A row that was sent again by an operator is archived, and its replay may be pending.
-    if let Some(row) = same().find(|row| row.place.is_some()) {
+    if let Some(row) = same().find(|row| row.place.is_some() && !row.is_unpositioned()) {
         return Stray::Copy(row);
+    }
+    if let Some(row) = same().find(|row| row.is_unpositioned()) {
+        return Stray::Unpositioned(row);
     }
     if same().next().is_some() {
         return Stray::NotArchived;
@@ -53,7 +58,7 @@ pub(crate) fn judge<'k>(message: &Logged, topic: &str, partition: i32, known: &'
     match message.timestamp {
         Some(at) if !times.window.contains(&at) => Stray::Beyond,
         Some(at) if at < times.archive_since => Stray::BeforeArchive,
-        _ => Stray::Unknown,
+        _ => Stray::Unmatched,
     }
 }
 
@@ -96,10 +101,18 @@ mod tests {
     }
 
     #[test]
+    fn a_row_without_a_position_is_told_where_its_message_stands() {
+        let row = known(1, None, Some((0, -1001)));
+        assert_eq!(judge(&message(5), "t", 0, std::slice::from_ref(&row), &TIMES), Stray::Unpositioned(&row));
+        let replay = Logged { replay_of: Some(1), ..message(9) };
+        assert_eq!(judge(&replay, "t", 0, &[row, known(2, Some(1), Some((0, 9)))], &TIMES), Stray::Outside);
+    }
+
+    #[test]
     fn a_replay_needs_a_replay_row() {
         let rows = [known(1, None, Some((0, 5)))];
         let replay = Logged { replay_of: Some(1), ..message(9) };
-        assert_eq!(judge(&replay, "t", 0, &rows, &TIMES), Stray::Unknown);
+        assert_eq!(judge(&replay, "t", 0, &rows, &TIMES), Stray::Unmatched);
         let rows = [rows[0].clone(), known(2, Some(1), Some((0, 8)))];
         assert_eq!(judge(&replay, "t", 0, &rows, &TIMES), Stray::Copy(&rows[1]));
     }
@@ -115,16 +128,16 @@ mod tests {
 
     #[test]
     fn the_id_of_a_row_of_another_topic_vouches_for_nothing() {
-        assert_eq!(judge(&message(5), "u", 0, &[known(1, None, Some((0, 5)))], &TIMES), Stray::Unknown);
+        assert_eq!(judge(&message(5), "u", 0, &[known(1, None, Some((0, 5)))], &TIMES), Stray::Unmatched);
     }
 
     #[test]
-    fn what_no_row_knows_is_unknown_only_where_the_archive_would_know_it() {
+    fn what_no_row_knows_is_unmatched_only_where_the_archive_would_know_it() {
         let sent = |timestamp| judge(&Logged { timestamp, ..message(5) }, "t", 0, &[], &TIMES);
         assert_eq!(sent(Some(999)), Stray::Beyond);
         assert_eq!(sent(Some(1199)), Stray::BeforeArchive);
-        assert_eq!(sent(Some(1200)), Stray::Unknown);
+        assert_eq!(sent(Some(1200)), Stray::Unmatched);
         assert_eq!(sent(Some(2000)), Stray::Beyond);
-        assert_eq!(sent(None), Stray::Unknown);
+        assert_eq!(sent(None), Stray::Unmatched);
     }
 }

@@ -59,7 +59,7 @@ fn compare_from(low: i64, rows: &[ArchivedRow], messages: &[Logged], bounds: Bou
 
 fn compare(rows: &[ArchivedRow], messages: &[Logged]) -> (Outcome, Vec<Logged>) {
     let end = messages.last().map_or(0, |message| message.offset + 1);
-    compare_from(0, rows, messages, Bounds { low: 0, readable: end, high: end })
+    compare_from(0, rows, messages, Bounds { low: 0, readable: end, high: end, compaction: Compaction::Off })
 }
 
 fn kinds(outcome: &Outcome) -> Vec<FindingKind> {
@@ -103,8 +103,8 @@ fn two_rows_do_not_prove_themselves_by_one_message() {
 fn an_empty_place_is_expired_unreadable_or_missing_by_where_it_is() {
     let rows = [row(2, 1, 1), row(6, 1, 2), row(11, 1, 3), row(15, 1, 4)];
     // Low was 3 when reading began and is 5 at the end; a foreign transaction is open from 10 to 14.
-    let bounds = Bounds { low: 5, readable: 10, high: 14 };
-    let (outcome, _) = compare_from(3, &rows, &[foreign(5), foreign(9)], bounds);
+    let bounds = Bounds { low: 5, readable: 10, high: 14, compaction: Compaction::Off };
+    let (outcome, _) = compare_from(3, &rows, &[foreign(5), foreign(9)], bounds.clone());
     assert_eq!((outcome.expired, outcome.open_transaction), (1, 1));
     assert_eq!(kinds(&outcome), [FindingKind::Missing, FindingKind::Missing]);
     let offsets: Vec<_> = outcome.findings.iter().map(|finding| finding.offset).collect();
@@ -115,8 +115,37 @@ fn an_empty_place_is_expired_unreadable_or_missing_by_where_it_is() {
 }
 
 #[test]
+fn compaction_explains_an_empty_place_and_nothing_else() {
+    let rows = [row(2, 1, 1), row(6, 1, 2), row(7, 1, 3), row(15, 1, 4)];
+    let bounds = |compaction| Bounds { low: 0, readable: 14, high: 14, compaction };
+    let compared = |compaction| compare_from(0, &rows, &[message(6, 2, 1), message(7, 1, 3)], bounds(compaction)).0;
+    let outcome = compared(Compaction::On);
+    assert_eq!((outcome.compacted, outcome.proven), (1, 1));
+    // Another message stands at 6, and the partition ends before 15.
+    assert_eq!(kinds(&outcome), [FindingKind::Missing, FindingKind::Missing]);
+    let outcome = compared(Compaction::Unknown("not allowed".to_owned()));
+    assert_eq!((outcome.compacted, outcome.findings.len()), (0, 3));
+    assert!(outcome.findings.iter().any(|finding| finding.what.ends_with("compacted: not allowed")));
+}
+
+#[test]
+fn a_row_without_a_position_is_neither_expired_nor_proven() {
+    let unpositioned = [row(-1001, 1, 1), row(-1, 2, 1), ArchivedRow { partition: -1, ..row(3, 3, 1) }];
+    let bounds = Bounds { low: 4, readable: 9, high: 9, compaction: Compaction::On };
+    let (outcome, strays) = compare_from(4, &unpositioned, &[message(5, 1, 1)], bounds);
+    assert_eq!((outcome.rows, outcome.proven, outcome.expired, outcome.compacted), (3, 0, 0, 0));
+    assert_eq!(outcome.unpositioned, unpositioned);
+    assert_eq!(strays, [message(5, 1, 1)]);
+}
+
+#[test]
 fn an_expired_offset_that_was_read_all_the_same_is_proven() {
-    let (outcome, _) = compare_from(9, &[row(4, 1, 1)], &[message(4, 1, 1)], Bounds { low: 9, readable: 9, high: 9 });
+    let (outcome, _) = compare_from(
+        9,
+        &[row(4, 1, 1)],
+        &[message(4, 1, 1)],
+        Bounds { low: 9, readable: 9, high: 9, compaction: Compaction::Off },
+    );
     assert_eq!((outcome.proven, outcome.expired), (1, 0));
 }
 
