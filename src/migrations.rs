@@ -14,8 +14,10 @@ pub mod server;
 
 use std::time::Duration;
 
-use outbox_relay::{archive, session};
-use outbox_relay::archive::{self, Unpositioned};
+use outbox_relay::{
+    archive::{self, Unpositioned},
+    session,
+};
 use sqlx::{
     Connection, PgConnection,
     migrate::{MigrateError, Migrator},
@@ -111,17 +113,6 @@ async fn migrate(conn: &mut PgConnection) -> Result<Migrated, SchemaError> {
     if !unfit.is_empty() {
         return Err(SchemaError::Unfit(unfit));
     }
-/// Events that are archived as published without a position in Kafka. The schema has to be up to date.
-pub async fn unpositioned_events(options: &PgConnectOptions) -> Result<Option<Unpositioned>, sqlx::Error> {
-    let mut conn = PgConnection::connect_with(options).await?;
-    // A large archive takes a while to look through.
-    conn.execute("set statement_timeout = 0").await?;
-    let found = archive::unpositioned(&mut conn).await?;
-    conn.close().await?;
-    Ok(found)
-}
-
-async fn apply(conn: &mut PgConnection) -> Result<usize, SchemaError> {
     adoption::name_accounts(conn).await?;
     let before = inspection::applied(conn).await?.len();
     let mut migrator = Migrator { migrations: MIGRATOR.migrations.clone(), ..Migrator::DEFAULT };
@@ -136,6 +127,16 @@ async fn apply(conn: &mut PgConnection) -> Result<usize, SchemaError> {
     // Before the first event: a day that has rows in the default partition gets no partition of its own any more.
     archive::keep_up(conn, chrono::Utc::now().date_naive(), None).await?;
     Ok(Migrated { applied, put_back: repaired.put_back })
+}
+
+/// Events that are archived as published without a position in Kafka. The schema has to be up to date.
+pub async fn unpositioned_events(options: &PgConnectOptions) -> Result<Option<Unpositioned>, sqlx::Error> {
+    let mut conn = PgConnection::connect_with(options).await?;
+    // A large archive takes a while to look through.
+    session::configure(&mut conn, &SESSION).await?;
+    let found = archive::unpositioned(&mut conn).await?;
+    conn.close().await?;
+    Ok(found)
 }
 
 /// New tables would hide those that are in use, all accounts with them: somebody has made a schema that comes first in

@@ -3,7 +3,8 @@
 //!
 //! A day without a partition goes to the default one. Such a day gets none any more, since PostgreSQL would have to
 //! move its rows under a lock that stops every delivery; its rows are deleted in slices when they are due.
-//! And its rows without a position in Kafka, which only earlier releases could write: see [`unpositioned`].
+//!
+//! Rows without a position in Kafka could be written by earlier releases only: see [`unpositioned`].
 
 use std::ops::RangeInclusive;
 
@@ -125,6 +126,8 @@ async fn briefly(conn: &mut PgConnection, statements: &[String]) -> Result<Optio
     }
     tx.commit().await?;
     Ok(None)
+}
+
 /// Archived rows that name no position in Kafka. Their messages may never have been appended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unpositioned {

@@ -103,17 +103,6 @@ impl Definition {
         })
     }
 
-    /// All topics this saga sends commands on.
-    pub fn command_topics(&self) -> impl Iterator<Item = &'static str> {
-        self.steps.iter().flat_map(|step| {
-            let undo = match &step.undo {
-                Undo::Command { command, .. } => Some(command.topic),
-                Undo::Nothing { .. } => None,
-            };
-            [step.command.topic].into_iter().chain(undo)
-        })
-    }
-
     /// The index of a step by its stored name.
     pub fn step_index(&self, name: &str) -> Option<usize> {
         self.steps.iter().position(|step| step.name == name)
