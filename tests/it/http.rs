@@ -129,7 +129,7 @@ async fn health_tells_alive_from_ready() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_is_away_logs_nobody_out() {
-    let service = TestService::rest_with(&[("REST_REFRESH_ENABLED", "true"), ("DB_ACQUIRE_TIMEOUT", "1s")]).await;
+    let service = TestService::rest_with(&[("REST_REFRESH_ENABLED", "true")]).await;
     let browser = Browser::registered(&service, "ada").await;
     let (access, refresh) = (browser.cookie("accessToken"), browser.cookie("refreshToken"));
     service.cut_database().await;
