@@ -16,6 +16,7 @@ use axum::{
     response::Response,
 };
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use outbox_relay::logging::truncated;
 use secrecy::{ExposeSecret, SecretString};
 use subtle::ConstantTimeEq;
 
@@ -82,7 +83,7 @@ impl FromRequestParts<App> for Operator {
 pub async fn admit(State(app): State<App>, mut request: Request, next: Next) -> Result<Response, AdminError> {
     let operator = Operator::identify(request.headers(), &app.config.admin.tokens).inspect_err(|_| {
         metrics::counter!("auth_admin_refusals_total", "why" => "token").increment(1);
-        tracing::warn!(path = request.uri().path(), "somebody without a good token was turned away");
+        tracing::warn!(path = %truncated(request.uri().path()), "somebody without a good token was turned away");
     })?;
     request.extensions_mut().insert(operator);
     Ok(next.run(request).await)

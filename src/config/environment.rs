@@ -19,7 +19,7 @@ pub fn environment() -> (BTreeMap<String, String>, Vec<ConfigError>) {
 
 /// Values are taken as they stand: a `$` in a password is a `$`, as in the dotenv of the service this
 /// one replaces, and not the beginning of a variable's name.
-fn read_dotenv(bytes: &[u8]) -> (BTreeMap<String, String>, Vec<ConfigError>) {
+pub(crate) fn read_dotenv(bytes: &[u8]) -> (BTreeMap<String, String>, Vec<ConfigError>) {
     let (mut vars, mut errors) = (BTreeMap::new(), Vec::new());
     let Ok(text) = std::str::from_utf8(bytes) else {
         return (vars, vec![wrong(".env".to_owned(), "is not UTF-8".to_owned())]);
@@ -37,8 +37,10 @@ fn read_dotenv(bytes: &[u8]) -> (BTreeMap<String, String>, Vec<ConfigError>) {
                 let shown = line.lines().next().unwrap_or_default();
                 let found = literal.iter().position(|other| !shown.is_empty() && other.ends_with(shown));
                 let number = found.map_or_else(|| "?".to_owned(), |index| (index + 1).to_string());
-                let name = found.and_then(|index| literal[index].split_once('=')).map_or("", |(name, _)| name.trim());
-                errors.push(wrong(format!(".env line {number}"), format!("({name}) can't be read")));
+                let name = found.and_then(|index| literal[index].split_once('=')).map(|(name, _)| name.trim());
+                // What stands before the `=` is no name where a secret was broken into lines.
+                let name = name.filter(|name| is_name(name)).map_or(String::new(), |name| format!("({name}) "));
+                errors.push(wrong(format!(".env line {number}"), format!("{name}can't be read")));
             }
             Err(error) => errors.push(wrong(".env".to_owned(), format!("can't be read: {error}"))),
         }
@@ -51,6 +53,11 @@ fn without_expansion(line: &str) -> String {
         Some((_, value)) if value.trim_start().starts_with('\'') => line.to_owned(),
         _ => line.replace("\\$", "$").replace('$', "\\$"),
     }
+}
+
+fn is_name(text: &str) -> bool {
+    let text = text.strip_prefix("export ").unwrap_or(text).trim_start();
+    text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
 
 fn wrong(variable: String, problem: String) -> ConfigError {
@@ -80,5 +87,12 @@ mod tests {
         assert_eq!(errors[0].variable, ".env line 2");
         assert!(errors[0].problem.contains("DB_PASSWORD") && !errors[0].to_string().contains("cret"));
         assert_eq!(read_dotenv(b"A=\xff").1.len(), 1);
+    }
+
+    #[test]
+    fn what_stands_before_an_equals_sign_is_shown_only_if_it_is_a_name() {
+        let pem = "KEY=-----BEGIN PRIVATE KEY-----\nMIIE/vQ+canary==\n-----END PRIVATE KEY-----\n";
+        let (_, errors) = read_dotenv(pem.as_bytes());
+        assert!(!errors.is_empty() && errors.iter().all(|error| !error.to_string().contains("canary")), "{errors:?}");
     }
 }

@@ -39,7 +39,7 @@ pub async fn context(mut request: Request, next: Next) -> Response {
     let ids =
         Ids { correlation_given: given.is_some(), correlation_id: given.unwrap_or_else(|| Uuid::now_v7().to_string()) };
     let span = tracing::info_span!(
-        "request", method = %request.method(), path = %truncated(request.uri().path()),
+        "request", method = %truncated(request.method().as_str()), path = %truncated(request.uri().path()),
         request.id = request_id, correlation.id = ids.correlation_id
     );
     let wants_problem = problem::wanted(request.headers());
@@ -94,6 +94,14 @@ fn method_label(method: &Method) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io,
+        sync::{Arc, Mutex},
+    };
+
+    use axum::{Router, body::Body, middleware::from_fn};
+    use tower::ServiceExt;
+
     use super::*;
 
     #[test]
@@ -104,5 +112,33 @@ mod tests {
             headers.insert(CORRELATION_ID, HeaderValue::from_bytes(given.as_bytes()).expect("a header"));
             assert_eq!(usable(&headers, &CORRELATION_ID).is_some(), taken, "{given}");
         }
+    }
+
+    /// Where log lines go.
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Lines {
+        fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+            self.0.lock().expect("the lines").write(line)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_line_about_a_request_is_short_whatever_its_method_and_path_are() {
+        let (lines, long) = (Lines::default(), "X".repeat(8000));
+        let writer = lines.clone();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        let _logged = tracing::subscriber::set_default(subscriber);
+        let router = Router::new().fallback(async || ()).layer(from_fn(context));
+        let mut request = Request::builder().method(long.as_str()).uri(format!("/{long}"));
+        request.headers_mut().expect("headers").insert(CORRELATION_ID, HeaderValue::from_str(&long).expect("a header"));
+        router.oneshot(request.body(Body::empty()).expect("a request")).await.expect("an answer");
+        let lines = String::from_utf8(lines.0.lock().expect("the lines").clone()).expect("text");
+        assert!(lines.contains("answered") && lines.lines().all(|line| line.len() < 2000), "{lines}");
     }
 }

@@ -211,7 +211,9 @@ impl<'a> Comparison<'a> {
             return None;
         }
         let first = self.earlier.get(&row.message_id).copied().unwrap_or(row.offset);
-        let newest = self.newest.entry(short_hash(&row.key)).or_insert(Newest { seq: row.seq - 1, first: first - 1 });
+        // Saturating: a row that somebody has changed may have any number.
+        let before = Newest { seq: row.seq.saturating_sub(1), first: first.saturating_sub(1) };
+        let newest = self.newest.entry(short_hash(&row.key)).or_insert(before);
         if row.seq <= newest.seq {
             return Some(format!("message {} of its key stands before it, at offset {}", newest.seq, newest.first));
         }

@@ -364,7 +364,7 @@ struct Broken {
 
 impl Broken {
     fn finding(self) -> Finding {
-        let before = self.seq - 1;
+        let before = self.seq.saturating_sub(1);
         let (kind, what) = match (self.previous, self.before_stands_behind) {
             (Some(previous), _) if previous == self.seq => {
                 (FindingKind::Sequence, "another row of the archive has this place in the key".to_owned())

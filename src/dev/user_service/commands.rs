@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use chrono::SecondsFormat;
+use outbox_relay::logging::truncated;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -17,7 +18,7 @@ pub(super) const TOPICS: [&str; 2] = ["user.create", "user.delete"];
 
 /// A command of a saga.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Command {
+pub(crate) struct Command {
     pub order: Order,
     pub user_id: i64,
     pub saga_id: Uuid,
@@ -29,14 +30,14 @@ pub(super) struct Command {
 
 /// What is to be done.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Order {
+pub(crate) enum Order {
     Create(Profile),
     Erase,
 }
 
 /// The answer to a command, ready to be sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Answer {
+pub(crate) struct Answer {
     /// Without the configured prefix.
     pub topic: &'static str,
     pub key: String,
@@ -60,7 +61,8 @@ impl Command {
     /// Reads a message from a topic (named without prefix). `Err` says what is wrong with it.
     pub fn read(topic: &str, headers: &BTreeMap<String, String>, payload: Option<&[u8]>) -> Result<Self, String> {
         let body: Body = serde_json::from_slice(payload.unwrap_or_default())
-            .map_err(|error| format!("the value is not the JSON of a command: {error}"))?;
+            // It quotes what it did not expect, whole.
+            .map_err(|error| format!("the value is not the JSON of a command: {}", truncated(&error.to_string())))?;
         if [&body.username, &body.email].into_iter().any(|text| text.contains('\0')) {
             return Err("the username or e-mail has a NUL in it, which no database holds".to_owned());
         }
@@ -157,6 +159,14 @@ mod tests {
         ] {
             assert!(Command::read("user.delete", &headers, payload).is_err(), "{headers:?}");
         }
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_command_is_said_in_one_short_line() {
+        let payload = format!(r#"{{"id":"{}"}}"#, "\\n".repeat(5000));
+        let problem = Command::read("user.delete", &headers(&[("saga-id", SAGA)]), Some(payload.as_bytes()));
+        let problem = problem.expect_err("no number");
+        assert!(problem.len() < 400 && !problem.contains('\n'), "{problem}");
     }
 
     #[test]

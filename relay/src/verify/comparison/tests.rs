@@ -74,6 +74,14 @@ fn a_row_whose_offset_another_message_holds_is_missing_and_that_message_a_stray(
 }
 
 #[test]
+fn a_row_may_have_any_number() {
+    for seq in [i64::MIN, -1, 0, i64::MAX] {
+        let (outcome, _) = compare(&[row(4, 1, seq)], &[message(4, 1, seq)]);
+        assert_eq!((outcome.rows, outcome.proven + outcome.findings.len() as u64), (1, 1), "{seq}");
+    }
+}
+
+#[test]
 fn each_part_that_differs_is_named() {
     let tampered = [
         (ArchivedRow { key: "2".to_owned(), ..row(4, 1, 1) }, "key"),
