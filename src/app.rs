@@ -151,7 +151,7 @@ pub struct Running {
 }
 
 impl App {
-    fn build(config: Config, metrics: PrometheusHandle) -> anyhow::Result<Self> {
+    pub(crate) fn build(config: Config, metrics: PrometheusHandle) -> anyhow::Result<Self> {
         let db = db::pool(&config.database);
         let client = config.sagas.user_service_url.as_deref().map(UserServiceClient::new).transpose();
         let client = client.context("USER_SERVICE_GRPC_URL")?;

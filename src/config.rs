@@ -4,7 +4,7 @@
 
 mod admin;
 mod database;
-mod environment;
+pub(crate) mod environment;
 mod error;
 mod grpc;
 mod http;

@@ -10,6 +10,9 @@ pub mod db;
 #[cfg(feature = "dev")]
 pub mod dev;
 pub mod domain;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod grpc;
 pub mod health;
 pub mod housekeeping;

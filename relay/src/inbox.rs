@@ -111,7 +111,7 @@ impl Bytes {
         hash.finalize().to_vec()
     }
 
-    fn kept_headers(&self) -> Vec<KeptHeader> {
+    pub(crate) fn kept_headers(&self) -> Vec<KeptHeader> {
         let kept = self.headers.iter().map(|(name, value)| {
             let (text, hex) = match value.as_deref() {
                 None => (None, None),
@@ -126,11 +126,24 @@ impl Bytes {
         let nameless = || KeptHeader { name: None, text: None, hex: None };
         kept.chain(std::iter::repeat_with(nameless).take(self.unreadable_headers)).collect()
     }
+
+    /// The opposite of [`kept_headers`](Self::kept_headers).
+    pub(crate) fn add_kept(&mut self, kept: Vec<KeptHeader>) {
+        for KeptHeader { name, text, hex } in kept {
+            match name {
+                Some(name) => {
+                    let value = hex.map(|hex| unhex(&hex)).or(text.map(String::into_bytes));
+                    self.headers.push((name, value));
+                }
+                None => self.unreadable_headers += 1,
+            }
+        }
+    }
 }
 
 /// A header as it stands in `raw_headers`. Without a name: the name is not UTF-8.
 #[derive(Debug, Serialize, Deserialize)]
-struct KeptHeader {
+pub(crate) struct KeptHeader {
     name: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     text: Option<String>,
@@ -316,15 +329,7 @@ struct WaitingRow {
 impl WaitingRow {
     fn waiting(self) -> Waiting {
         let mut bytes = Bytes { key: self.raw_key, payload: self.raw_payload, ..Bytes::default() };
-        for KeptHeader { name, text, hex } in self.raw_headers.map(|Json(kept)| kept).unwrap_or_default() {
-            match name {
-                Some(name) => {
-                    let value = hex.map(|hex| unhex(&hex)).or(text.map(String::into_bytes));
-                    bytes.headers.push((name, value));
-                }
-                None => bytes.unreadable_headers += 1,
-            }
-        }
+        bytes.add_kept(self.raw_headers.map(|Json(kept)| kept).unwrap_or_default());
         Waiting {
             digest: self.digest.unwrap_or_else(|| bytes.digest(&self.topic)),
             identity: self.message_key,

@@ -57,6 +57,9 @@ mod database;
 mod delivery;
 mod fault;
 pub mod fault_points;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod headers;
 mod holds;
 pub mod inbox;

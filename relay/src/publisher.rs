@@ -274,11 +274,16 @@ impl Publisher {
 
 /// The stored headers, and those that only the database knew.
 fn headers_of(row: &PendingRow) -> Result<OwnedHeaders, serde_json::Error> {
-    let mut headers = serde_json::Deserializer::from_str(row.headers.get()).deserialize_map(StoredHeaders)?;
+    let mut headers = stored_headers(row.headers.get())?;
     for (key, value) in row.own_headers() {
         headers = headers.insert(Header { key, value: Some(&value) });
     }
     Ok(headers)
+}
+
+/// The headers of a row as the database holds them: a JSON object of texts.
+pub(crate) fn stored_headers(json: &str) -> Result<OwnedHeaders, serde_json::Error> {
+    serde_json::Deserializer::from_str(json).deserialize_map(StoredHeaders)
 }
 
 /// Reads a JSON object of texts straight into the client's own form.

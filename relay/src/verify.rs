@@ -47,10 +47,10 @@
 //! A window that ends now may end between a row and its commit: to compare the SHA-256 of two reports,
 //! let it end a minute ago. Ask the primary: a replica that lags knows less than Kafka does.
 
-mod comparison;
-mod log_reader;
+pub(crate) mod comparison;
+pub(crate) mod log_reader;
 mod plan;
-mod records;
+pub(crate) mod records;
 mod report;
 mod strays;
 

@@ -41,6 +41,9 @@ mod consumer;
 pub mod deadlines;
 pub mod definition;
 pub mod flows;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod journal;
 pub mod machine;
 pub mod orchestrator;

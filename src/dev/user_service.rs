@@ -23,10 +23,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{consumer::CommandConsumer, grpc::Calls, profiles::HouseRules};
 
-mod commands;
+pub(crate) mod commands;
 mod consumer;
 mod grpc;
-mod profiles;
+pub(crate) mod profiles;
 #[cfg(test)]
 #[expect(clippy::disallowed_methods, reason = "a test looks at the database by itself")]
 mod tests;

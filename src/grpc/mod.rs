@@ -91,6 +91,12 @@ fn routes(app: &App) -> Result<Routes, GrpcError> {
     Ok(routes)
 }
 
+/// All services but the one for health, and what surrounds them.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn router(app: &App) -> Result<axum::Router, GrpcError> {
+    Ok(routes(app)?.prepare().into_axum_router().layer(from_fn(surround::surround)))
+}
+
 /// What the health service can be asked about, beside the server as a whole.
 fn served_names(app: &App) -> Vec<&'static str> {
     let mut names = vec!["", token::NAME, account::NAME];

@@ -57,7 +57,7 @@ impl Carried {
     }
 
     /// As they came, for tests of what reads them.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn exposed(&self) -> (impl Iterator<Item = &str>, impl Iterator<Item = &str>) {
         (self.access.iter().map(|token| token.expose_secret()), self.refresh.iter().map(|token| token.expose_secret()))
     }

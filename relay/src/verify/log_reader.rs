@@ -12,7 +12,6 @@ use rdkafka::{
     admin::{AdminClient, AdminOptions, ResourceSpecifier},
     consumer::{Consumer, ConsumerContext, StreamConsumer},
     error::{KafkaError, KafkaResult, RDKafkaErrorCode as Code},
-    message::BorrowedMessage,
 };
 use sha2::{Digest, Sha256};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -286,7 +285,8 @@ fn consumer(settings: &KafkaSettings, isolation: &str) -> Result<StreamConsumer<
         .map_err(refused)
 }
 
-fn logged(message: &BorrowedMessage<'_>) -> Logged {
+/// What is read of a message, whoever wrote it.
+pub(crate) fn logged(message: &impl Message) -> Logged {
     let headers = MessageHeaders::read(message.headers());
     let header = |name| headers.text(name);
     Logged {

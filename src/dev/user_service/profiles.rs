@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 /// A profile as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
-pub(super) struct Profile {
+pub(crate) struct Profile {
     pub user_id: i64,
     pub username: String,
     pub email: String,
@@ -22,7 +22,7 @@ pub(super) struct HouseRules {
 
 /// A decision, the first time and every time after.
 #[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
-pub(super) struct Decided {
+pub(crate) struct Decided {
     /// None: accepted and done.
     pub refusal: Option<String>,
     #[sqlx(rename = "decided_at")]
