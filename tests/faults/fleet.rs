@@ -271,11 +271,11 @@ impl Fleet {
         }
     }
 
-    /// Events of many keys and new users, one after the other with a `pause` between, until it is enough.
-    pub async fn load_until(&self, keeper: &Keeper, keys: usize, pause: Duration, enough: &CancellationToken) {
-        let events = join_all((0..keys).map(|key| async move {
+    /// Events of these keys and new users, one after the other with a `pause` between, until it is enough.
+    pub async fn load_until(&self, keeper: &Keeper, keys: &[String], pause: Duration, enough: &CancellationToken) {
+        let events = join_all(keys.iter().map(|key| async move {
             while !enough.is_cancelled() {
-                self.commit_events_of(format!("key{key}"), 1, 200).await;
+                self.commit_events_of(key.clone(), 1, 200).await;
                 sleep(pause).await;
             }
         }));

@@ -82,8 +82,14 @@ impl Trio {
 
     /// Events and users all the time, from a second before the harm until a second after it.
     async fn under_load(&self, harm: impl Future<Output = ()>) {
+        self.under_load_of("key", harm).await;
+    }
+
+    /// With keys of such names.
+    async fn under_load_of(&self, keys: &str, harm: impl Future<Output = ()>) {
         let enough = CancellationToken::new();
-        let load = async |(fleet, keeper): &(Fleet, Keeper)| fleet.load_until(keeper, KEYS, PAUSE, &enough).await;
+        let keys: Vec<_> = (0..KEYS).map(|key| format!("{keys}{key}")).collect();
+        let load = async |(fleet, keeper): &(Fleet, Keeper)| fleet.load_until(keeper, &keys, PAUSE, &enough).await;
         let harm = async {
             sleep(Duration::from_secs(1)).await;
             harm.await;
@@ -241,20 +247,25 @@ async fn partitions_added(stage: Stage) -> Verdict {
 async fn made_again(stage: Stage) -> Verdict {
     let cluster = cluster().await;
     let trio = Trio::start(&stage, &cluster, 0).await;
+    let mut longest = Duration::ZERO;
     for turn in 0..stage.many(3) {
-        for (fleet, _) in [&trio.plain, &trio.fenced] {
+        for fleet in trio.fleets() {
             let topic = fleet.topic("load");
             // The newer the leader's epoch, the less a client believes in the first one of the new topic.
             cluster.move_leaders(&topic, 4, turn + 1).await;
-            fleet.commit_events(KEYS, 2).await;
+            // Keys of before go with the topic, so those of each turn are others.
+            fleet.commit_events_of(format!("before{turn}"), 10, 200).await;
             fleet.until_count("select count(*) from outbox", 0, PATIENCE).await;
+            longest = longest.max(fleet.longest_wait().await);
             fleet.forget_events().await;
             fleet.disturbed();
             cluster.make_again(&topic).await;
         }
-        trio.under_load(async {}).await;
+        trio.under_load_of(&format!("turn{turn}key"), async {}).await;
     }
-    trio.finish(&cluster).await
+    let mut verdict = trio.finish(&cluster).await;
+    verdict.measured.push(format!("longest wait of earlier turns {:.1} s", longest.as_secs_f64()));
+    verdict
 }
 
 /// Events wait for topics that are made all at once, and each is written to while it comes into being.
