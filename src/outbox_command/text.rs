@@ -73,7 +73,13 @@ fn head(report: &Report) -> Vec<(&'static str, String)> {
     let mut head = vec![
         ("made", format!("{} by the database's clock", moment(report.made_at))),
         ("window", format!("{} to {}, that moment excluded", moment(report.from), moment(report.to))),
-        ("topic", report.topic.clone().unwrap_or_else(|| "all that have rows in the window".to_owned())),
+        (
+            "topic",
+            report
+                .topic
+                .clone()
+                .unwrap_or_else(|| "all that have rows in the window, and those that the service writes to".to_owned()),
+        ),
         ("database", format!("{}, PostgreSQL {}{system}", database.name, database.server_version)),
         ("Kafka cluster", report.kafka_cluster_id.clone()),
         ("our ce_source", report.sources.join(", ")),

@@ -155,3 +155,50 @@ async fn a_database_that_forgot_everything_is_told_what_kafka_knows() {
     assert_eq!(keys, ids);
     service.stop().await;
 }
+
+/// The SQL of the page on restoring, as it stands there.
+fn repair(report: &str) -> String {
+    let page = include_str!("../../../src/RESTORING.md");
+    let (_, sql) = page.split_once("```sql\n").expect("SQL");
+    let (sql, _) = sql.split_once("```").expect("its end");
+    let (set, sql) = sql.split_once('\n').expect("lines");
+    assert_eq!(set, r"\set report `cat forgotten.json`");
+    sql.replace(":'report'", &format!("'{}'", report.replace('\'', "''")))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_restore_the_counters_go_on_behind_what_kafka_has_seen() {
+    let traffic = Traffic::new().await;
+    traffic.sql(BACKUP).await;
+    for (key, n) in [("a", 4), ("a", 5), ("4711", 1)] {
+        traffic.append(key, n).await;
+    }
+    traffic.service.until_count("select count(*) from outbox_archive", 12).await;
+    traffic.sql(RESTORE).await;
+    let (code, report) = traffic.verify().await;
+    assert_eq!((code, totals(&report)), (1, figures([("unmatched", 3), ("proven", 9)])));
+
+    for _ in 0..2 {
+        traffic.sql(&repair(&report.to_string())).await;
+    }
+    let restarted = Utc::now().to_rfc3339();
+    for (key, n) in [("a", 6), ("b", 4), ("4711", 2)] {
+        traffic.append(key, n).await;
+    }
+    traffic.service.until_count("select count(*) from outbox_archive", 12).await;
+    let numbers: Vec<(String, i64)> = sqlx::query_as("select key, seq from outbox_archive order by id desc limit 3")
+        .fetch_all(&traffic.service.db)
+        .await
+        .unwrap();
+    assert_eq!(numbers, [("4711".to_owned(), 2), ("b".to_owned(), 4), ("a".to_owned(), 6)]);
+    let next_user: i64 = sqlx::query_scalar("select nextval(pg_get_serial_sequence('auth_users', 'id'))")
+        .fetch_one(&traffic.service.db)
+        .await
+        .unwrap();
+    assert_eq!(next_user, 4712);
+    let window = ["outbox", "verify", "--from", &restarted, "--json"];
+    let (code, said, complaint) = run(&window, &traffic.vars()).await;
+    let report: Value = serde_json::from_str(&said).unwrap_or_else(|error| panic!("{error}: {said}{complaint}"));
+    assert_eq!((code, totals(&report)), (0, figures([("proven", 3)])));
+    traffic.service.stop().await;
+}
