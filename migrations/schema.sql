@@ -144,7 +144,8 @@ create table outbox_archive (
     partition integer not null,
     "offset" bigint not null,
     relay_id uuid not null,
-    term bigint not null
+    term bigint not null,
+    constraint outbox_archive_position CHECK (((partition >= 0) AND ("offset" >= 0)))
 ) partition by RANGE (published_at);
 CREATE INDEX outbox_archive_id ON outbox_archive USING btree (id);
 CREATE INDEX outbox_archive_key ON outbox_archive USING btree (key, seq);

@@ -76,8 +76,9 @@ fn identity(fact: &Fact) -> (Kind, &str, String) {
 const NOT_IN_FORCE: &str = " /* its triggers are disabled */";
 const NOT_VALID: &str = " NOT VALID";
 
-/// Without what makes no difference to the program: how a numbered column comes by its number, and what happens when
-/// an id is changed, which never is.
+/// Without what makes no difference to the program: how a numbered column comes by its number, what happens when an id
+/// is changed, which never is, and whether a check holds for old rows too. A check that is not valid is in force for new
+/// ones; a migration adds it so where an earlier release may have left rows that contradict it.
 fn normal(fact: &Fact) -> String {
     let definition = fact.definition.as_str();
     if fact.is_numbered() {
@@ -85,6 +86,9 @@ fn normal(fact: &Fact) -> String {
         return format!("{} numbered", &definition[..end.unwrap_or(definition.len())]);
     }
     let mut text = definition.to_owned();
+    if text.starts_with("CHECK") {
+        text = text.replace(NOT_VALID, "");
+    }
     if text.starts_with("FOREIGN KEY") {
         for action in ["CASCADE", "RESTRICT", "SET NULL", "SET DEFAULT"] {
             text = text.replace(&format!(" ON UPDATE {action}"), "");
@@ -330,6 +334,15 @@ insert into tokens (user_id) values ('1');
             one(cascade, &format!("{cascade} NOT VALID")).mend,
             Mend::Always(vec!["alter table tokens validate constraint tokens_user_id_fkey".to_owned()])
         );
+    }
+
+    #[test]
+    fn a_check_need_not_hold_for_old_rows() {
+        let check = "constraint users_status_known CHECK ((status <> ''::text))";
+        let needed = NEEDED.replace("UNIQUE (email)", &format!("UNIQUE (email),\n    {check}"));
+        let live = |to: &str| compare(&Schema::parse(&needed), &Schema::parse(&needed.replace(check, to)), false);
+        assert_eq!(live(&format!("{check} NOT VALID")), []);
+        assert_eq!(live("constraint users_status_known CHECK (true)").len(), 1);
     }
 
     #[test]
