@@ -31,14 +31,15 @@ const MANY: usize = 20;
 pub fn scenarios() -> Vec<Scenario> {
     let all = vec![
         scenario!("cluster: the leader killed", "kill -9; noticed after nine seconds", leader_killed),
-        scenario!("cluster: the leader frozen and thawed", "SIGSTOP past its session", leader_frozen),
-        scenario!("cluster: all brokers restarted in a row", "a rolling update", rolling),
-        scenario!("cluster: two brokers away at once", "below the copies that must be there", two_away),
-        scenario!("cluster: leadership moved", "replicas in another order, and an election", moved),
-        scenario!("cluster: partitions added", "half of the keys move", partitions_added),
-        scenario!("cluster: a topic deleted and made again at once", "three times", made_again),
+        scenario!("cluster: the leader frozen and thawed", "SIGSTOP past its session", leader_frozen).rare(),
+        scenario!("cluster: all brokers restarted in a row", "a rolling update", rolling).rare(),
+        scenario!("cluster: two brokers away at once", "below the copies that must be there", two_away).rare(),
+        scenario!("cluster: leadership moved", "replicas in another order, and an election", moved).rare(),
+        scenario!("cluster: partitions added", "half of the keys move", partitions_added).rare(),
+        scenario!("cluster: a topic deleted and made again at once", "three times", made_again).rare(),
         scenario!("cluster: many topics made and written to at once", "no leader knows its partition yet", many_topics),
-        scenario!("cluster: the coordinators killed", "of the transactions, then of the group", coordinators_killed),
+        scenario!("cluster: the coordinators killed", "of the transactions, then of the group", coordinators_killed)
+            .rare(),
         scenario!("cluster: the controller killed", "kill -9 of the active one", controller_killed).rare(),
         scenario!("cluster: a broker cut off from its clients", "its peers still reach it", cut_off).rare(),
         scenario!("cluster: every broker killed in a row", "each by kill -9, and back in sync", each_killed).rare(),
