@@ -297,6 +297,7 @@ create table saga_state (
     updated_at timestamp with time zone not null default clock_timestamp(),
     finished_at timestamp with time zone,
     refused_undos text[] not null default '{}'::text[],
+    correlation_made boolean not null default false,
     constraint saga_state_pkey PRIMARY KEY (saga_id),
     constraint saga_state_closed_by_evidence CHECK (((status = ANY (ARRAY['completed'::text, 'compensated'::text])) = ((evidence IS NOT NULL) AND (finished_at IS NOT NULL)))),
     constraint saga_state_correlation_unique UNIQUE (correlation_id),

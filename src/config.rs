@@ -37,7 +37,7 @@ pub use sagas::{SagaConfig, SilencePolicy};
 use tracing_subscriber::EnvFilter;
 
 use crate::crypto::{TokenSettings, TokenSigner};
-use vars::{Setting, Vars};
+use vars::{Setting, Vars, without_credentials};
 
 /// What the service is started for: some values are safe on a developer's machine only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -217,7 +217,7 @@ fn log_filter(vars: &mut Vars) -> String {
     vars.parse(
         "RUST_LOG",
         "info,librdkafka=warn,tokio_cron_scheduler=warn".to_owned(),
-        String::clone,
+        |filter| without_credentials(filter),
         |raw| EnvFilter::try_new(raw).is_ok().then(|| raw.to_owned()),
         "Write levels (error, warn, info, debug, trace) and targets, for example RUST_LOG=info,librdkafka=warn",
     )

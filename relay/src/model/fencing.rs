@@ -11,11 +11,6 @@
 //! fences, fences its successor when it thaws. Having asked *before*, it would go on under its old
 //! term; asking *after*, it learns that it is over, and the successor fences back.
 //!
-//! A commit may begin while the report of a row is still to come: the client waits for the row before it asks
-//! for the commit. That report may name no position, before the commit or after it: then the row may not be in
-//! the transaction, although the client takes it for sent and the commit succeeds. Before the commit such a
-//! report aborts; after it, the row is sent again.
-//!
 //! As in the other model, a lease may run out at any moment, requests arrive late or never, and a
 //! relay is frozen by simply not being the next to act. An `init_transactions` of somebody dead or
 //! frozen may arrive at any time ([`Action::StrayFence`]). What an older producer has on the way is
@@ -55,8 +50,6 @@ enum Broken {
     ArchivedBeforeCommit,
     /// A commit without an answer is taken for done.
     SilenceIsCommit,
-    /// A report of success counts as an acknowledgement although it names no position.
-    NoPositionNeeded,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -121,19 +114,11 @@ enum Action {
     Acknowledged {
         relay: usize,
     },
-    /// Before the commit.
-    ReportedWithoutPosition {
-        relay: usize,
-    },
     Commit {
         relay: usize,
-        /// The row in flight is not in the transaction, and the client believes that it is.
-        believed: bool,
     },
-    /// The reports that were still to come are there, too.
     CommitAnswered {
         relay: usize,
-        position: bool,
     },
     /// Refused, timed out, or answered by nobody.
     Fails {
@@ -188,8 +173,7 @@ impl Fencing {
     fn allows(&self, state: &State, action: &Action) -> bool {
         let State { database, broker, relays } = state;
         let at_work = |relay: usize| relays[relay].stage == Stage::AtWork;
-        let open = |relay: usize| at_work(relay) && !relays[relay].committing;
-        let idle = |relay: usize| open(relay) && relays[relay].in_flight.is_none();
+        let idle = |relay: usize| at_work(relay) && relays[relay].in_flight.is_none() && !relays[relay].committing;
         match *action {
             Action::LeaseRunsOut => database.owner.is_some(),
             Action::KeeperTicks { relay } => match database.owner {
@@ -209,17 +193,8 @@ impl Fencing {
             Action::Send { relay } => idle(relay) && Self::next_row(state, relay).is_some(),
             Action::Arrives { request } => broker.on_the_way.contains(&request),
             Action::Acknowledged { relay } => self.has_row_of(state, relay),
-            Action::ReportedWithoutPosition { relay } => {
-                !self.unfenced() && open(relay) && relays[relay].in_flight.is_some()
-            }
-            Action::Commit { relay, believed } => match relays[relay].in_flight {
-                None => open(relay) && !believed && !relays[relay].written.is_empty(),
-                Some(_) => !self.unfenced() && open(relay) && (believed || self.has_row_of(state, relay)),
-            },
-            Action::CommitAnswered { relay, position } => {
-                let reported = relays[relay].in_flight.is_none_or(|row| broker.visible.has(row));
-                relays[relay].answered && (!position || reported)
-            }
+            Action::Commit { relay } => idle(relay) && !relays[relay].written.is_empty(),
+            Action::CommitAnswered { relay } => relays[relay].answered,
             Action::Fails { relay } => {
                 at_work(relay) && (relays[relay].in_flight.is_some() || relays[relay].committing)
             }
@@ -236,13 +211,12 @@ impl Fencing {
         let mut actions: Vec<Action> = (0..RELAYS).map(|relay| Action::KeeperTicks { relay }).collect();
         actions.extend(state.broker.on_the_way.iter().map(|&request| Action::Arrives { request }));
         for relay in 0..RELAYS {
-            actions.extend([true, false].map(|position| Action::CommitAnswered { relay, position }));
-            actions.push(Action::Acknowledged { relay });
+            actions.extend([Action::Acknowledged { relay }, Action::CommitAnswered { relay }]);
             actions.push(Action::Archive { relay, answer_lost: false });
             // With nothing on the way any more, no answer means that there was a refusal.
             actions.push(Action::Fails { relay });
             actions.extend([Action::Fence { relay }, Action::Ask { relay }]);
-            actions.extend([Action::Send { relay }, Action::Commit { relay, believed: false }]);
+            actions.extend([Action::Send { relay }, Action::Commit { relay }]);
         }
         actions.into_iter().find_map(|action| self.next_state(state, action))
     }
@@ -265,9 +239,7 @@ impl Model for Fencing {
             }
             actions.extend([Action::Fence { relay }, Action::Ask { relay }]);
             actions.extend([Action::Send { relay }, Action::Acknowledged { relay }]);
-            actions.push(Action::ReportedWithoutPosition { relay });
-            actions.extend([false, true].map(|believed| Action::Commit { relay, believed }));
-            actions.extend([false, true].map(|position| Action::CommitAnswered { relay, position }));
+            actions.extend([Action::Commit { relay }, Action::CommitAnswered { relay }]);
             actions.extend([false, true].map(|answer_lost| Action::Archive { relay, answer_lost }));
             actions.extend([Action::Fails { relay }, Action::Crash { relay }]);
         }
@@ -339,27 +311,15 @@ impl Model for Fencing {
                 let done = if self.unfenced() { &mut relay.sent } else { &mut relay.written };
                 done.add(row);
             }
-            Action::ReportedWithoutPosition { relay } => {
-                let relay = &mut relays[relay];
-                match self.broken {
-                    Some(Broken::NoPositionNeeded) => relay.written.add(relay.in_flight.take()?),
-                    _ => relay.start_over(),
-                }
-            }
-            Action::Commit { relay, .. } => {
+            Action::Commit { relay } => {
                 relays[relay].committing = true;
                 if broker.producer == Some(relay) {
                     broker.takes(Request::Commit { relay, term: relays[relay].term });
                 }
             }
-            Action::CommitAnswered { relay, position } => {
+            Action::CommitAnswered { relay } => {
                 let relay = &mut relays[relay];
                 relay.sent = std::mem::take(&mut relay.written);
-                if let Some(row) = relay.in_flight.take()
-                    && (position || self.broken == Some(Broken::NoPositionNeeded))
-                {
-                    relay.sent.add(row);
-                }
                 (relay.committing, relay.answered) = (false, false);
             }
             Action::Fails { relay } => {
@@ -433,11 +393,6 @@ impl Model for Fencing {
                     .open
                     .is_some_and(|open| (1..=ROWS).any(|r| open.rows.has(r) && state.broker.visible.has(r)))
             }),
-            Property::sometimes("a commit succeeds without a row that is taken for sent", |_, state: &State| {
-                let missing =
-                    |relay: &Relay| relay.answered && relay.in_flight.is_some_and(|r| !state.broker.visible.has(r));
-                state.relays.iter().any(missing)
-            }),
             Property::sometimes("everything is out", |_, state: &State| state.database.archived.all()),
         ]
     }
@@ -478,9 +433,4 @@ fn archived_before_the_commit_a_row_is_lost() {
 #[test]
 fn a_commit_without_an_answer_that_is_taken_for_done_loses_a_row() {
     falls(Broken::SilenceIsCommit, "what left the outbox is visible");
-}
-
-#[test]
-fn a_report_that_counts_without_a_position_loses_a_row() {
-    falls(Broken::NoPositionNeeded, "what left the outbox is visible");
 }
