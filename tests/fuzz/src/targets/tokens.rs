@@ -27,6 +27,11 @@ pub const TARGET: Target = Target {
         b"refresh\x1e{\"typ\":\"rt+jwt\",\"alg\":\"RS256\",\"kid\":\"{kid}\"}\x1e{\"sub\":\"7\",\"sid\":\"00000000-0000-0000-0000-000000000001\",\"jti\":\"00000000-0000-0000-0000-000000000002\",\"gen\":-1,\"iss\":\"auth-service\",\"aud\":[\"auth-service/refresh\"],\"iat\":1.5,\"nbf\":-9223372036854775808,\"exp\":9223372036854775807}",
         b"refresh\x1e{\"alg\":\"RS256\",\"typ\":\"JWT\"}\x1e{\"userId\":7,\"iat\":1700000000,\"exp\":1e300}",
         b"refresh\x1e{\"alg\":\"RS256\",\"crit\":[\"exp\"],\"jwk\":{\"kty\":\"oct\",\"k\":\"AA\"},\"kid\":\"../../etc/passwd\"}\x1e{\"id\":1,\"userId\":2}",
+        b"access\x1e{\"typ\":\"at+jwt\",\"alg\":\"RS256\",\"kid\":\"{kid}\"}\x1e{\"id\":7,\"username\":\"Anna\",\"email\":\"a@b.cd\",\"sub\":\"7\",\"sid\":\"00000000-0000-0000-0000-000000000001\",\"jti\":\"00000000-0000-0000-0000-000000000002\",\"iss\":\"auth-service\",\"aud\":\"elsewhere\",\"iat\":1700000000,\"nbf\":1700000000,\"exp\":9800000000}",
+        b"access\x1e{\"typ\":\"at+jwt\",\"alg\":\"RS256\",\"kid\":\"{kid}\"}\x1e{\"id\":7,\"username\":\"Anna\",\"email\":\"a@b.cd\",\"sub\":\"7\",\"sid\":\"00000000-0000-0000-0000-000000000001\",\"jti\":\"00000000-0000-0000-0000-000000000002\",\"iss\":\"elsewhere\",\"aud\":\"fleet\",\"iat\":1700000000,\"nbf\":1700000000,\"exp\":9800000000}",
+        b"access\x1e{\"typ\":\"rt+jwt\",\"alg\":\"RS256\",\"kid\":\"{kid}\"}\x1e{\"id\":7,\"username\":\"Anna\",\"email\":\"a@b.cd\",\"sub\":\"7\",\"sid\":\"00000000-0000-0000-0000-000000000001\",\"jti\":\"00000000-0000-0000-0000-000000000002\",\"iss\":\"auth-service\",\"aud\":\"fleet\",\"iat\":1700000000,\"nbf\":1700000000,\"exp\":9800000000}",
+        b"access\x1e{\"typ\":\"at+jwt\",\"alg\":\"RS256\",\"kid\":\"{kid}\",\"crit\":[\"exp\"]}\x1e{\"id\":7,\"username\":\"Anna\",\"email\":\"a@b.cd\",\"sub\":\"7\",\"sid\":\"00000000-0000-0000-0000-000000000001\",\"jti\":\"00000000-0000-0000-0000-000000000002\",\"iss\":\"auth-service\",\"aud\":\"fleet\",\"iat\":1700000000,\"nbf\":1700000000,\"exp\":9800000000}",
+        b"refresh\x1e{\"typ\":\"rt+jwt\",\"alg\":\"RS256\",\"kid\":\"{kid}\"}\x1e{\"sub\":\"7\",\"sid\":\"00000000-0000-0000-0000-000000000001\",\"jti\":\"00000000-0000-0000-0000-000000000002\",\"gen\":1,\"iss\":\"auth-service\",\"aud\":\"fleet\",\"iat\":1700000000,\"nbf\":1700000000,\"exp\":9800000000}",
         b"access\x1e{\"alg\":\"HS256\",\"typ\":\"at+jwt\"}\x1e[]",
     ],
     run,
@@ -70,10 +75,12 @@ fn run(input: &[u8]) {
     if let Ok(accepted) = signer.verify_access(&token) {
         assert_ne!(kind, b"refresh", "a refresh key made an access token");
         assert_eq!((accepted.iss.as_str(), accepted.aud.as_str()), ("auth-service", "fleet"));
+        check_header(&token, "at+jwt");
     }
     if let Ok(accepted) = signer.verify_refresh(&token) {
         assert_ne!(kind, b"access", "an access key made a refresh token");
         assert_eq!((accepted.iss.as_str(), accepted.aud.as_str()), ("auth-service", "auth-service/refresh"));
+        check_header(&token, "rt+jwt");
     }
     if let Ok(accepted) = signer.verify_legacy_refresh(&token) {
         assert_ne!(kind, b"access", "an access key made a refresh token");
@@ -83,6 +90,12 @@ fn run(input: &[u8]) {
         }
     }
     check_changed(signer, &token);
+}
+
+fn check_header(token: &str, kind: &str) {
+    let header = jsonwebtoken::decode_header(token).expect("a header that was accepted");
+    assert_eq!((header.typ.as_deref(), header.alg), (Some(kind), Algorithm::RS256));
+    assert!(header.crit.is_none() && header.jwk.is_none() && header.jku.is_none() && header.x5u.is_none());
 }
 
 /// A token with one sign changed is not a token.
