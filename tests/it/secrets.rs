@@ -9,7 +9,7 @@ use crate::support::{
 
 const CANARY: &str = "s3cret-canary-7Qx";
 /// Free text: what stands there is what the operator wants to see, and means.
-const FREE_TEXT: [&str; 11] = [
+const FREE_TEXT: [&str; 12] = [
     "DB_DATABASE",
     "DB_USERNAME",
     "DB_HOST",
@@ -21,6 +21,8 @@ const FREE_TEXT: [&str; 11] = [
     "TOKEN_ISSUER",
     "ACCESS_TOKEN_AUDIENCE",
     "SAGA_PARTICIPANT",
+    // Without a scheme it is a host name.
+    "USER_SERVICE_GRPC_URL",
 ];
 
 /// Every variable of `.env.example`, without the `_FILE` at its end.
@@ -54,6 +56,7 @@ async fn no_variable_shows_a_secret_that_was_put_into_it() {
     let pem = format!("-----BEGIN PRIVATE KEY-----\n{CANARY}\n-----END PRIVATE KEY-----");
     let path = dir.path().join("secret");
     fs::write(&path, CANARY).expect("written");
+    let mut shown_by = BTreeSet::new();
     for name in variables() {
         let mut values = vec![
             format!("http://user:{CANARY}@host:1/"),
@@ -66,15 +69,18 @@ async fn no_variable_shows_a_secret_that_was_put_into_it() {
             values.push(CANARY.to_owned());
         }
         for value in &values {
-            let text = shown(&name, value).await;
-            assert!(!text.contains(CANARY), "{name}={value}\n{text}");
+            if shown(&name, value).await.contains(CANARY) {
+                shown_by.insert(format!("{name}={value}"));
+            }
         }
         for value in [CANARY, &pem, path.to_str().expect("UTF-8")] {
             let name = format!("{name}_FILE");
-            let text = shown(&name, value).await;
-            assert!(!text.contains(CANARY), "{name}={value}\n{text}");
+            if shown(&name, value).await.contains(CANARY) {
+                shown_by.insert(format!("{name}={value}"));
+            }
         }
     }
+    assert_eq!(shown_by, BTreeSet::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]
