@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use tokio::time::timeout_at;
 
-use super::{COLLECT, Worker};
+use super::{COLLECT, Worker, fencing::Fence};
 use crate::{
     breaker::Allowance,
     delivery::SentRow,
@@ -190,7 +190,16 @@ impl Worker {
     /// Replaces a producer that gave up on a message; see [`renewal`](crate::renewal). With fencing the next fence
     /// brings a new one.
     pub(super) fn renew_producer(&mut self) {
-        if !self.settings.fencing && self.renewal.may_begin(Instant::now(), self.window.in_flight()) {
+        if !self.renewal.may_begin(Instant::now(), self.window.in_flight()) {
+            return;
+        }
+        if self.settings.fencing {
+            // A transaction that is open or broken ends first. Without one, nothing else would lower the fence, and a
+            // producer that is due gets no messages.
+            if self.fence == Fence::Up {
+                self.fence = Fence::Down;
+            }
+        } else {
             tracing::warn!(worker = self.index, "the Kafka client gave up on a message; going on with a new client");
             self.new_producer();
         }
