@@ -274,8 +274,9 @@ async fn migrate() -> Result<ExitCode, Failure> {
 /// What to do about events that may never have reached Kafka.
 fn advice_on(found: &Unpositioned) -> String {
     let Unpositioned { rows, ids, published } = found;
-    let moment = |at: DateTime<Utc>| at.to_rfc3339_opts(SecondsFormat::Secs, true);
-    let (from, to) = (moment(*published.start()), moment(*published.end() + TimeDelta::seconds(1)));
+    let moment = |at: DateTime<Utc>| at.to_rfc3339_opts(SecondsFormat::Micros, true);
+    // The end is excluded. To the microsecond, so that it does not lie ahead: verify speaks of no such window.
+    let (from, to) = (moment(*published.start()), moment(*published.end() + TimeDelta::microseconds(1)));
     let listed: Vec<_> = ids.iter().map(i64::to_string).collect();
     let more = if *rows > ids.len() as i64 { ", …" } else { "" };
     format!(
